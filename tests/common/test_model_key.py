@@ -113,7 +113,7 @@ def test_registration_with_default_settings_equals_one_without() -> None:
     assert model_info("smol", "/files", {"version": "2"}) != model_info("smol", "/files", {})
 
 
-def test_each_setting_has_a_flag_and_a_documented_row() -> None:
+def test_model_key_settings_have_a_flag_and_a_documented_row() -> None:
     """A setting is added in the schema and where it takes effect: flags, checks and the table of the manual follow."""
     parser = argparse.ArgumentParser()
     settings_flags.add_flags(parser)

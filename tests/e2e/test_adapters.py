@@ -108,9 +108,7 @@ def test_metrics_and_state_know_adapters(served: stack.Stack, base: Path, tmp_pa
     assert (fits.fits, fits.weight_bytes) == (True, view.weight_bytes)
 
 
-def test_an_adapter_is_unloaded_with_its_base_and_brings_it_back(
-    served: stack.Stack, base: Path, tmp_path: Path
-) -> None:
+def test_adapter_is_unloaded_with_its_base_and_brings_it_back(served: stack.Stack, base: Path, tmp_path: Path) -> None:
     wanted = adapter(base, tmp_path / "back", 7)
     served.admin.register({"name": "back", "uri": str(tmp_path / "back"), "adapter_of": "base"})
     assert text_of(served, "back") == wanted

@@ -82,7 +82,7 @@ def test_base_is_loaded_with_the_first_call_of_an_adapter(pods: Pods, base: Path
     assert {model.name: model.status for model in pods[0].admin.models()} == {"base": "LOADED", "sql": "LOADED"}
 
 
-def test_every_api_selects_an_adapter_from_either_pod(pods: Pods, base: Path, tmp_path: Path) -> None:
+def test_adapter_is_selected_by_every_api_from_either_pod(pods: Pods, base: Path, tmp_path: Path) -> None:
     """Each call finds the adapter unloaded, so that the mesh brings it in."""
     wanted = adapter(base, tmp_path / "sql", 3)
     pods[0].admin.register({"name": "sql", "uri": str(tmp_path / "sql"), "adapter_of": "base"})

@@ -73,7 +73,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_says_what_is_wrong_and_harms_no_other(guarded: Guarded, damage: str) -> None:
+def test_damaged_checkpoint_is_named_and_harms_no_other(guarded: Guarded, damage: str) -> None:
     spoil, words = DAMAGE[damage]
     folder = guarded.base / "models" / damage
     shutil.copytree(guarded.base / "models" / "ada", folder)
@@ -98,7 +98,7 @@ def test_paths_out_of_bounds_are_refused(guarded: Guarded) -> None:
     assert guarded.edge.register("empty", "").status == 400
 
 
-def test_a_model_larger_than_the_disk_cache_is_refused_with_the_sizes(guarded: Guarded) -> None:
+def test_model_larger_than_the_disk_cache_is_refused_with_the_sizes(guarded: Guarded) -> None:
     tiny_llama(guarded.base / "models" / "wide", hidden=256, layers=4)
     guarded.edge.register("wide", f"{guarded.web.url}/wide")
     answer = guarded.edge.outcome("wide")
@@ -132,7 +132,7 @@ def test_impossible_parameters_are_named(guarded: Guarded, fields: dict[str, obj
     assert (answer.status, words in answer.error) == (status, True), answer.text
 
 
-def test_a_number_too_wide_for_the_engine_harms_nobody(guarded: Guarded) -> None:
+def test_number_too_wide_for_the_engine_is_refused(guarded: Guarded) -> None:
     """It would end all requests of its step, and at the second time the model."""
     with guarded.edge.stream("ada", max_tokens=100, ignore_eos=True) as shares_the_steps:
         for _ in range(2):
@@ -141,7 +141,7 @@ def test_a_number_too_wide_for_the_engine_harms_nobody(guarded: Guarded) -> None
         assert shares_the_steps.read().endswith(b"data: [DONE]\n\n")
 
 
-def test_a_token_without_an_embedding_is_refused(guarded: Guarded) -> None:
+def test_token_without_an_embedding_is_refused(guarded: Guarded) -> None:
     folder = guarded.base / "models" / "padded"
     shutil.copytree(guarded.base / "models" / "ada", folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -154,7 +154,7 @@ def test_a_token_without_an_embedding_is_refused(guarded: Guarded) -> None:
         assert (answer.status, "'[PAD]', id 258" in answer.error) == (400, True), answer.text
 
 
-def test_what_is_not_here_yet_says_so(guarded: Guarded) -> None:
+def test_feature_that_is_not_supported_is_refused_by_name(guarded: Guarded) -> None:
     chat = {"model": "ada", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
     for field, value, status in (
         ("response_format", {"type": "structural_tag"}, 501),
@@ -189,7 +189,7 @@ def test_bodies_that_are_too_long_are_refused_unread(guarded: Guarded) -> None:
     assert guarded.edge.outcome("ada").status == 200
 
 
-def test_half_a_request_and_garbage_leave_nothing_behind(guarded: Guarded) -> None:
+def test_unfinished_and_malformed_requests_leave_nothing_behind(guarded: Guarded) -> None:
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {API_KEY}\r\n"
     for data in (
         b"POST /v1/compl",
@@ -212,7 +212,7 @@ def test_half_a_request_and_garbage_leave_nothing_behind(guarded: Guarded) -> No
     _idle(guarded.edge, "ada")
 
 
-def test_a_grpc_message_that_cannot_be_read_is_refused_at_once(guarded: Guarded) -> None:
+def test_grpc_message_that_cannot_be_read_is_refused_at_once(guarded: Guarded) -> None:
     metadata = (("mm-model-id", "ada"), ("authorization", f"Bearer {API_KEY}"))
     with grpc.insecure_channel(guarded.grpc, options=[("grpc.max_send_message_length", -1)]) as channel:
         call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/fmaas.GenerationService/Generate")
@@ -258,7 +258,7 @@ def test_keys_open_everything_but_health(guarded: Guarded) -> None:
     assert Edge(guarded.edge.url, "another").ask("GET", "/v1/models").status == 200
 
 
-def test_a_full_queue_refuses_the_rest_at_once(guarded: Guarded) -> None:
+def test_full_queue_refuses_the_rest_at_once(guarded: Guarded) -> None:
     with ThreadPoolExecutor(24) as callers:
         answers = list(callers.map(lambda _: guarded.edge.complete("ada", max_tokens=300, ignore_eos=True), range(24)))
     counts = Counter(answer.status for answer in answers)
@@ -268,7 +268,7 @@ def test_a_full_queue_refuses_the_rest_at_once(guarded: Guarded) -> None:
     _idle(guarded.edge, "ada")
 
 
-def test_a_request_for_a_model_that_comes_slowly_is_held(guarded: Guarded) -> None:
+def test_request_for_a_slow_load_is_held(guarded: Guarded) -> None:
     shutil.copytree(guarded.base / "models" / "ada", guarded.base / "models" / "slow")
     guarded.edge.register("slow", f"{guarded.web.url}/slow")
     with _dripping(guarded, 1.5), guarded.edge.stream("slow") as response:
@@ -322,7 +322,7 @@ def test_secrets_are_refused_in_registrations_and_appear_nowhere(guarded: Guarde
     assert (guarded.home / "run" / "mesh.json").stat().st_mode & 0o077 == 0
 
 
-def test_a_port_that_is_taken_ends_serve_with_its_name(tmp_path: Path) -> None:
+def test_serve_names_a_taken_port(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -57,7 +57,7 @@ def with_ollama(served: stack.Stack, name: str) -> str:
 
 
 @pytest.mark.parametrize("ask", [with_triton, with_hub_client, with_ollama])
-def test_every_protocol_gives_transformers_text(
+def test_protocols_give_the_text_of_transformers(
     named: stack.Stack, models: dict[str, Path], ask: Callable[[stack.Stack, str], str]
 ) -> None:
     for name, folder in models.items():

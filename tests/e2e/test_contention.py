@@ -63,7 +63,7 @@ def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tight]:
         yield Tight(Edge(running.url), models, running.pid)
 
 
-def test_a_hundred_requests_for_a_cold_model_are_one_load(tight: Tight) -> None:
+def test_requests_for_a_cold_model_share_one_load(tight: Tight) -> None:
     tight.edge.register("cold", tight.models / "ada")
     with ThreadPoolExecutor(100) as callers:
         answers = list(callers.map(lambda _: tight.edge.complete("cold"), range(100)))
@@ -72,7 +72,7 @@ def test_a_hundred_requests_for_a_cold_model_are_one_load(tight: Tight) -> None:
     assert tight.loads("cold") == 1
 
 
-def test_two_models_that_only_fit_alone_take_turns(tight: Tight) -> None:
+def test_models_that_only_fit_alone_take_turns(tight: Tight) -> None:
     for name in ("max", "mia"):
         tight.edge.register(name, tight.models / name)
     with _callers(lambda name: tight.edge.complete(name), ("max", "max", "max", "mia", "mia", "mia")) as answers:
@@ -84,7 +84,7 @@ def test_two_models_that_only_fit_alone_take_turns(tight: Tight) -> None:
     assert min(counts.values()) >= 3
 
 
-def test_a_name_gets_other_files_without_a_gap(tight: Tight) -> None:
+def test_name_gets_other_files_without_a_gap(tight: Tight) -> None:
     edge = tight.edge
     known = {}
     for name in ("ada", "bob", "cyd"):
@@ -108,7 +108,7 @@ def test_a_name_gets_other_files_without_a_gap(tight: Tight) -> None:
     assert edge.complete("star").completion == known["ada"]
 
 
-def test_a_model_that_kills_the_engine_twice_is_quarantined_by_name(tight: Tight) -> None:
+def test_model_that_kills_the_engine_twice_is_quarantined_by_name(tight: Tight) -> None:
     edge = tight.edge
     edge.register("deadly", tight.models / "bob")
     edge.register("ada", tight.models / "ada")
@@ -135,7 +135,7 @@ def test_a_model_that_kills_the_engine_twice_is_quarantined_by_name(tight: Tight
     _until(lambda: edge.complete("deadly").status == 200, "it was not forgiven")
 
 
-def test_a_soak_of_everything_leaves_nothing_behind(tight: Tight) -> None:
+def test_soak_leaves_nothing_behind(tight: Tight) -> None:
     edge = tight.edge
     names = ("ada", "bob", "cyd", "max")
     for name in names:

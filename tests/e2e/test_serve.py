@@ -61,12 +61,12 @@ def test_grpc_gives_the_same_text(served: stack.Stack, models: dict[str, Path]) 
         assert answer.responses[0].generated_token_count == 24
 
 
-def test_an_unknown_name_says_what_is_served(served: stack.Stack, models: dict[str, Path]) -> None:
+def test_unknown_name_is_answered_with_the_served_ones(served: stack.Stack, models: dict[str, Path]) -> None:
     with pytest.raises(openai.NotFoundError, match="ada"):
         stream_text(served, "nobody", PROMPT, 4)
 
 
-def test_an_engine_killed_mid_stream_loses_that_stream_only(served: stack.Stack, models: dict[str, Path]) -> None:
+def test_engine_killed_mid_stream_loses_that_stream_only(served: stack.Stack, models: dict[str, Path]) -> None:
     before = stream_text(served, "ada", PROMPT, 16)
     stream = client_of(served).completions.create(
         model="ada", prompt=PROMPT, max_tokens=450, temperature=0, stream=True, extra_body={"ignore_eos": True}
@@ -79,7 +79,7 @@ def test_an_engine_killed_mid_stream_loses_that_stream_only(served: stack.Stack,
     assert stream_text(served, "ada", PROMPT, 16) == before
 
 
-def test_a_client_that_leaves_frees_its_row(served: stack.Stack, models: dict[str, Path]) -> None:
+def test_client_that_leaves_frees_its_row(served: stack.Stack, models: dict[str, Path]) -> None:
     stream = client_of(served).completions.create(
         model="bob", prompt=PROMPT, max_tokens=450, temperature=0, stream=True, extra_body={"ignore_eos": True}
     )
@@ -151,7 +151,7 @@ def _state(served: stack.Stack, name: str) -> str:
     return ""
 
 
-def test_a_context_that_memory_cannot_hold_is_cut_as_fit_predicts_and_said(served: stack.Stack, tmp_path: Path) -> None:
+def test_context_that_memory_cannot_hold_is_cut_as_fit_predicts(served: stack.Stack, tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path / "long", max_position=1_000_000)
     served.admin.register({"name": "long", "uri": str(folder)})
     fit = served.admin.fit({"name": "long"})
@@ -206,7 +206,7 @@ def test_sigterm_lets_streams_finish_and_every_line_of_a_json_log_is_json(
     assert [line["http"] for line in said if line["message"] == "ready"] == [served.url]
 
 
-def test_the_command_line(served: stack.Stack, models: dict[str, Path]) -> None:
+def test_command_line_verbs_work_against_serve(served: stack.Stack, models: dict[str, Path]) -> None:
     def repertory(*arguments: str) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "mesh", *arguments, "--server", served.url],
@@ -238,7 +238,7 @@ def test_the_command_line(served: stack.Stack, models: dict[str, Path]) -> None:
     assert "dan" not in repertory("ps")
 
 
-def test_a_conversation_in_a_terminal(served: stack.Stack, models: dict[str, Path]) -> None:
+def test_run_holds_a_conversation_in_a_terminal(served: stack.Stack, models: dict[str, Path]) -> None:
     served.admin.register({"name": "bob", "uri": str(models["bob"])})
     command = [
         sys.executable,

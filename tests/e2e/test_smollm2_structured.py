@@ -51,7 +51,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
 @pytest.mark.parametrize(
     "choice", ["required", {"type": "function", "function": {"name": "time"}}], ids=["required", "named"]
 )
-def test_a_call_that_must_be_made_is_valid(client: openai.OpenAI, choice: Any, temperature: float) -> None:
+def test_required_call_is_valid(client: openai.OpenAI, choice: Any, temperature: float) -> None:
     answer = client.chat.completions.create(
         model="smol",
         messages=QUESTION,
@@ -72,7 +72,7 @@ def test_a_call_that_must_be_made_is_valid(client: openai.OpenAI, choice: Any, t
         assert found.finish_reason == ("tool_calls" if choice == "required" else "stop")
 
 
-def test_the_official_client_parses_a_real_answer(client: openai.OpenAI) -> None:
+def test_structured_answer_is_parsed_by_the_official_client(client: openai.OpenAI) -> None:
     answer = client.chat.completions.parse(
         model="smol",
         messages=[{"role": "user", "content": "Describe Paris as JSON."}],
@@ -84,7 +84,7 @@ def test_the_official_client_parses_a_real_answer(client: openai.OpenAI) -> None
     assert isinstance(answer.choices[0].message.parsed, City)
 
 
-def test_a_stream_of_a_choice_and_a_pattern(client: openai.OpenAI) -> None:
+def test_structured_stream_of_a_choice_and_a_pattern(client: openai.OpenAI) -> None:
     for fields, allowed in (
         ({"guided_choice": ["Paris", "Rome"]}, ("Paris", "Rome")),
         ({"guided_regex": "(19|20)[0-9]{2}"}, None),

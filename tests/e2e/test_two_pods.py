@@ -25,7 +25,7 @@ def pods(etcd: EtcdServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield a, b
 
 
-def test_a_model_registered_at_one_pod_answers_at_the_other(
+def test_model_registered_at_one_pod_answers_at_the_other(
     pods: tuple[stack.Stack, stack.Stack], models: dict[str, Path]
 ) -> None:
     a, b = pods
@@ -35,13 +35,13 @@ def test_a_model_registered_at_one_pod_answers_at_the_other(
     assert len(b.admin.model("ada").copies) == 1
 
 
-def test_both_pods_list_the_same_models(pods: tuple[stack.Stack, stack.Stack], models: dict[str, Path]) -> None:
+def test_pods_list_the_same_models(pods: tuple[stack.Stack, stack.Stack], models: dict[str, Path]) -> None:
     a, b = pods
     b.admin.register({"name": "bob", "uri": str(models["bob"])})
     assert {model.id for model in client_of(a).models.list()} >= {"ada", "bob"}
 
 
-def test_a_pod_killed_outright_is_replaced_by_the_next_request(
+def test_pod_that_was_killed_is_replaced_by_the_next_request(
     pods: tuple[stack.Stack, stack.Stack], models: dict[str, Path]
 ) -> None:
     a, b = pods

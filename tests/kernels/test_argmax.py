@@ -68,7 +68,7 @@ def test_row_without_a_finite_maximum_draws_no_token(device: torch.device, bad: 
         assert last.tolist() == [0, best[3], 0, best[0], 9, 9, 9, best[2]]
 
 
-def test_on_a_cpu_too() -> None:
+def test_argmax_on_a_cpu() -> None:
     upload = torch.zeros(layout.HEADER_WORDS, dtype=torch.int32)
     upload[layout.NUM_SAMPLES] = 2
     inputs = StepInputs.allocate(torch.device("cpu"), 2, 2)

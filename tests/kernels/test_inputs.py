@@ -113,7 +113,7 @@ def test_inputs(seed: int, padded: bool, which: str, device: torch.device) -> No
     assert ring.count_nonzero() == drawn[: len(sampling)].count_nonzero()
 
 
-def test_a_blank_upload_is_padding_alone(device: torch.device) -> None:
+def test_inputs_of_a_blank_upload_are_padding(device: torch.device) -> None:
     inputs = StepInputs.allocate(device, 8, 4)
     gpu.build_inputs(
         torch.zeros(64, dtype=torch.int32, device=device), torch.zeros((4, 4), dtype=torch.int32, device=device),

@@ -13,7 +13,7 @@ from runtime.engine.kernels import activation, norm  # noqa: E402 - they need tr
 from runtime.engine.kernels.gpu.launchers import one_at_a_time, serialise_launchers  # noqa: E402
 
 
-def test_one_at_a_time_never_overlaps_and_gives_each_its_own() -> None:
+def test_launchers_run_one_at_a_time_and_return_each_its_own() -> None:
     building = threading.Semaphore(1)
     shared: list[object] = [None]
 

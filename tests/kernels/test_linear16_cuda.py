@@ -41,7 +41,7 @@ def test_compiles_for_hopper_without_spills(
     assert "0 bytes spill stores, 0 bytes spill loads" in done.stderr
 
 
-def test_nothing_is_served_without_a_gpu() -> None:
+def test_linear16_cuda_serves_nothing_without_a_gpu() -> None:
     x = torch.zeros(1, 4096, dtype=torch.bfloat16)
     out = torch.full((1, 2048), torch.nan, dtype=torch.bfloat16)
     assert not linear16_cuda.linear_16bit(x, torch.zeros(2048, 4096, dtype=torch.bfloat16), None, None, out, None)
@@ -70,7 +70,7 @@ def test_shares_are_even(num_outputs: int, in_features: int, gated: bool, splits
 
 
 @pytest.mark.parametrize("processors", [1, 7, 132])
-def test_every_cut_fits(processors: int) -> None:
+def test_linear16_cuda_cuts_fit(processors: int) -> None:
     for num_outputs in (8, 1000, 4096, 16383, 100000):
         for in_features in (256, 2048, 14336):
             for tiles in (1, 2):

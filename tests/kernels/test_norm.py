@@ -52,6 +52,6 @@ def test_twin_against_float64() -> None:
     torch.testing.assert_close(normed.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_no_rows(device: torch.device) -> None:
+def test_norm_of_no_rows(device: torch.device) -> None:
     x = torch.empty(0, 8, device=device)
     gpu.rms_norm(x, torch.ones(8, device=device), 1e-6, False, torch.empty_like(x))

@@ -76,7 +76,7 @@ def test_included_files_are_part_of_a_source() -> None:
     assert "struct Line" in text
 
 
-def test_no_module_without_a_gpu() -> None:
+def test_nvrtc_has_no_module_without_a_gpu() -> None:
     assert nvrtc.module(linear4_cuda.SOURCE, (), torch.device("cpu")) is None
     x = torch.zeros(1, 64, dtype=torch.bfloat16)
     assert not linear4_cuda.linear_4bit(

@@ -37,7 +37,7 @@ print("compiled")
 """
 
 
-def test_the_running_sides_kernels_compile() -> None:
+def test_sm90_kernels_compile() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=280)
     assert done.stdout.strip() == "compiled", done.stderr[-2000:]

@@ -210,7 +210,7 @@ def test_merged_weights_give_the_same_text(tmp_path: Path, engine: RealEngine) -
         ("llama", "gemma3", {"r": 8, "target_modules": ["q_proj"]}, "it was trained on another base"),
     ],
 )  # fmt: skip
-def test_an_adapter_of_another_base_is_refused_by_name(
+def test_adapter_of_another_base_is_refused_by_name(
     base: str, name: str, options: dict[str, Any], reason: str, tmp_path: Path, engine: RealEngine
 ) -> None:
     engine.load("base", save(tiny(base), tmp_path / "base"))
@@ -220,7 +220,7 @@ def test_an_adapter_of_another_base_is_refused_by_name(
     assert engine.texts([("base", greedy([1, 2, 3]))]) == [reference(tiny(base), [1, 2, 3], MAX_NEW)]
 
 
-def test_an_adapter_packed_in_another_type_is_refused(tmp_path: Path, engine: RealEngine) -> None:
+def test_adapter_packed_in_another_type_is_refused(tmp_path: Path, engine: RealEngine) -> None:
     engine.load("base", save(tiny("llama"), tmp_path / "base"))
     wrapped = peft_model(tiny("llama"), r=8)
     checkpoint = packed_adapter(save_adapter(wrapped, tmp_path / "peft"), tmp_path / "packed", "bfloat16")
@@ -230,7 +230,7 @@ def test_an_adapter_packed_in_another_type_is_refused(tmp_path: Path, engine: Re
         engine.load("a1", checkpoint, "base")
 
 
-def test_a_packed_file_that_is_truncated_later_fails_its_requests_alone(tmp_path: Path) -> None:
+def test_adapter_file_that_is_truncated_later_fails_its_requests_alone(tmp_path: Path) -> None:
     """It was whole when it was loaded; it is read again after an eviction."""
     engine = RealEngine(max_adapters=1)
     engine.load("base", save(tiny("llama"), tmp_path / "base"))

@@ -89,13 +89,13 @@ def test_greedy_text_of_a_loaded_model_before_and_after_an_eviction(
     ("name", "reason"),
     [("falcon", "its code has no attention hook"), ("deepseek_v2", "keys of 8 and values of 16 channels")],
 )
-def test_a_family_that_cannot_be_run_is_refused(name: str, reason: str, tmp_path: Path, backend: EngineBackend) -> None:
+def test_load_refuses_a_family_that_cannot_run(name: str, reason: str, tmp_path: Path, backend: EngineBackend) -> None:
     family(name).save_pretrained(tmp_path / name)
     with pytest.raises(LoadFailed, match=rf"model {name}: \w+ForCausalLM is not supported: .*{reason}"):
         load(backend, tmp_path / name)
 
 
-def test_two_loaded_models_take_turns(tmp_path: Path, backend: EngineBackend) -> None:
+def test_loaded_models_take_turns(tmp_path: Path, backend: EngineBackend) -> None:
     """Each over the same row slots; one leaves and comes back while the other runs."""
     models = [family("llama", seed=1), family("gemma3", seed=2)]
     asks = [Ask(prompt, 10) for prompt in prompts(6, 4)]

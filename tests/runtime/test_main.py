@@ -114,7 +114,7 @@ async def stream(session: aiohttp.ClientSession, model: str, max_tokens: int, be
     return events
 
 
-async def test_a_runtime_lives_loses_its_engine_and_ends_in_order(tmp_path: Path) -> None:
+async def test_main_serves_loses_its_engine_and_ends_in_order(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "tiny")
     async with running(tmp_path) as (process, stub, session, channel):
         for version in ("v1", "v1alpha"):
@@ -204,7 +204,7 @@ def test_main_says_once_why_the_engine_cannot_start(tmp_path: Path, flags: tuple
     assert "Traceback" not in ended.stderr
 
 
-def test_a_taken_address_is_one_clear_line(tmp_path: Path) -> None:
+def test_main_reports_a_taken_address_in_one_line(tmp_path: Path) -> None:
     import socket
 
     with socket.socket() as taken:

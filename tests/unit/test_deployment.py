@@ -43,7 +43,7 @@ def of(word: str) -> list[str]:
     return [rest for instruction, rest in dockerfile() if instruction == word]
 
 
-def test_the_image_takes_files_that_are_here_and_serves_on_the_ports_it_names() -> None:
+def test_image_copies_existing_files_and_serves_on_the_ports_it_names() -> None:
     copied = [copy.split()[:-1] for copy in of("COPY") if not copy.startswith("--from")]
     taken = {word for words in copied for word in words if not word.startswith("--")}
     assert all((ROOT / source).exists() for source in taken)
@@ -58,14 +58,14 @@ def test_the_image_takes_files_that_are_here_and_serves_on_the_ports_it_names() 
     compile(asked[-1], "HEALTHCHECK", "exec")
 
 
-def test_the_image_keeps_what_it_fetches_and_compiles_in_its_volume() -> None:
+def test_image_keeps_what_it_fetches_and_compiles_in_its_volume() -> None:
     set_to = dict(pair.split("=", 1) for pair in " ".join(of("ENV")).split())
     volume = of("VOLUME")[0]
     assert all(set_to[name].startswith(volume) for name in ("REPERTORY_HOME", "XDG_CACHE_HOME", "TRITON_CACHE_DIR"))
     assert of("USER") == ["1000"]
 
 
-def test_the_composed_pods_reach_their_store_and_publish_what_they_serve() -> None:
+def test_composed_pods_reach_their_store_and_publish_what_they_serve() -> None:
     composed: dict[str, Any] = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
     services = composed["services"]
     taken: set[str] = set()
@@ -86,7 +86,7 @@ def test_the_composed_pods_reach_their_store_and_publish_what_they_serve() -> No
     )
 
 
-def test_the_composed_envoy_reads_what_its_pod_writes() -> None:
+def test_composed_envoy_reads_what_its_pod_writes() -> None:
     services: dict[str, Any] = yaml.safe_load((ROOT / "docker" / "compose.envoy.yaml").read_text())["services"]
     pod, envoy = services["pod"], services["envoy"]
     given = serve(pod["command"])
@@ -102,7 +102,7 @@ def test_the_composed_envoy_reads_what_its_pod_writes() -> None:
     assert envoy["entrypoint"][-1].count(str(files.bootstrap)) == 2
 
 
-def test_the_serving_runtime_is_configured_as_modelmesh_calls_it() -> None:
+def test_serving_runtime_is_configured_as_modelmesh_calls_it() -> None:
     spec: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "servingruntime.yaml").read_text())["spec"]
     (container,) = spec["containers"]
     assert container["args"][0] == "serve-runtime"
@@ -116,14 +116,14 @@ def test_the_serving_runtime_is_configured_as_modelmesh_calls_it() -> None:
         assert any(folder == mount or folder.startswith(f"{mount}/") for mount in mounts), folder
 
 
-def test_the_serving_runtime_has_nothing_that_modelmeshs_controller_refuses() -> None:
+def test_serving_runtime_has_nothing_that_the_controller_refuses() -> None:
     spec: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "servingruntime.yaml").read_text())["spec"]
     assert not {"readinessProbe", "lifecycle"} & spec["containers"][0].keys()
     reserved = re.compile(r"storage-config|models-dir|domain-socket|etcd-config|tc-config|mm-.*")
     assert not [volume["name"] for volume in spec["volumes"] if reserved.fullmatch(volume["name"])]
 
 
-def test_the_mesh_under_modelmeshs_controller_reaches_the_serving_runtimes_http_port() -> None:
+def test_mesh_under_the_controller_reaches_the_runtimes_http_port() -> None:
     runtime: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "servingruntime.yaml").read_text())["spec"]
     listens = configure(runtime["containers"][0]["args"][1:], {}).http_listen
     manifest: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "modelmesh-config.yaml").read_text())
@@ -134,7 +134,7 @@ def test_the_mesh_under_modelmeshs_controller_reaches_the_serving_runtimes_http_
     assert port(config.runtime_http) == port(listens)
 
 
-def test_the_image_for_modelmeshs_controller_starts_the_mesh_and_has_its_script() -> None:
+def test_image_for_the_controller_starts_the_mesh_and_has_its_script() -> None:
     assert json.loads(of("CMD")[-1]) == ["serve-mesh"]
     script = next(copy for copy in of("COPY") if "modelmesh-stop.sh" in copy)
     assert script.split()[-1] == "/opt/kserve/mmesh/stop.sh"

@@ -155,7 +155,7 @@ def test_enum_values(enum: EnumTypeWrapper) -> None:
     assert dict(enum.items()) == ENUMS[enum]
 
 
-def test_what_carries_presence_does() -> None:
+def test_wire_fields_carry_presence() -> None:
     """A zero that was sent and a field that wasn't must not look alike where the two mean different things."""
     assert generation_pb2.SamplingParameters(temperature=0.0).HasField("temperature")
     assert generation_pb2.SamplingParameters(seed=0).HasField("seed")
@@ -218,7 +218,7 @@ async def test_stubs_call_servicers() -> None:
         await server.stop(None)
 
 
-async def test_every_service_has_a_stub() -> None:
+async def test_wire_has_a_stub_of_every_service() -> None:
     stubs: list[Callable[[grpc.aio.Channel], object]] = [
         model_runtime_pb2_grpc.ModelRuntimeStub,
         model_mesh_pb2_grpc.ModelMeshStub,

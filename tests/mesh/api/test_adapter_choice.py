@@ -168,13 +168,13 @@ async def test_tgis_selects_an_adapter_by_either_field(pod: RunningPod, method: 
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_a_foreign_runtime_gets_its_own_fields_untouched(tmp_path: Path) -> None:
+async def test_adapter_choice_leaves_the_fields_of_a_foreign_runtime(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "foreign", foreign=True) as running:
         await running.register("m")
         assert await called(running, "m", adapter_id=5, adapter_parameters={"a": 1}) == "m"
 
 
-async def test_an_adapters_failure_says_why_its_base_failed(pod: RunningPod) -> None:
+async def test_adapter_choice_failure_says_why_the_base_failed(pod: RunningPod) -> None:
     pod.runtime.switches.fail["/base"] = "weights are truncated"
     status, answer, _ = await pod.chat("sql")
     assert status == 424

@@ -51,7 +51,7 @@ async def test_chat_is_forwarded_by_name(pod: RunningPod, name: str) -> None:
         assert (answer.status, body["answer"], body["path"]) == (200, model_id, path)
 
 
-async def test_an_exact_name_wins_over_the_tag(pod: RunningPod) -> None:
+async def test_ollama_routes_prefer_an_exact_name_to_the_tag(pod: RunningPod) -> None:
     await pod.name("org/smol:latest", "/tagged")
     tagged = (await pod.model("org/smol:latest"))["model_id"]
     async with pod.http.post("/api/chat", json={"model": "org/smol:latest", "stream": False}) as answer:
@@ -93,7 +93,7 @@ async def test_version_and_refusals(pod: RunningPod, client: ollama.AsyncClient)
     assert caught.value.status_code == 501
 
 
-async def test_a_broken_stream_of_lines_ends_in_an_error_line(pod: RunningPod) -> None:
+async def test_ollama_routes_end_a_broken_stream_with_an_error_line(pod: RunningPod) -> None:
     pod.runtime.switches.content_type = "application/x-ndjson"
     body = {"model": "org/smol", "stream": True, "chunks": 5, "break_at": 2}
     async with pod.http.post("/api/chat", json=body) as answer:

@@ -72,7 +72,7 @@ async def test_bodies_that_wait_for_a_model_share_one_budget(tmp_path: Path) -> 
         assert await pod.unary("/fmaas.GenerationService/Generate")(message) == message
 
 
-async def test_a_burst_of_calls_is_refused_and_not_cancelled(tmp_path: Path) -> None:
+async def test_request_memory_refuses_a_burst_of_calls_without_cancelling_others(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", max_held=50) as pod:
         await pod.register("m")
         gate = pod.runtime.switches.load_gate = asyncio.Event()

@@ -51,6 +51,6 @@ def test_warning_names_an_address_that_is_open_to_the_network(address: str) -> N
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:8080", "127.1.2.3:8080", "[::1]:8080", "localhost:80", "unix:/run/x"])
-def test_no_warning_of_an_address_of_this_machine(address: str) -> None:
+def test_banner_does_not_warn_of_an_address_of_this_machine(address: str) -> None:
     assert not is_open_to_network(address)
     assert facts(http=address).warning() == ""

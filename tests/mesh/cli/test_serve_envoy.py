@@ -109,7 +109,7 @@ async def _is_ready(mesh: Mesh) -> bool:
         return answer.status == 200
 
 
-async def test_a_killed_envoy_is_started_again_with_its_clusters(mesh: Mesh) -> None:
+async def test_envoy_that_was_killed_is_started_again_with_its_clusters(mesh: Mesh) -> None:
     child(mesh, "envoy.json").kill()
     async with grpc.aio.insecure_channel(mesh.grpc) as channel:
         echo: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/test.Any/Echo")

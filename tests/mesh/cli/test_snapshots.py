@@ -90,7 +90,7 @@ def check_snapshot(name: str, columns: int, screen: Screen, server: AdminServer)
     assert text == file.read_text()
 
 
-def test_every_verb_has_a_snapshot() -> None:
+def test_snapshots_cover_every_verb() -> None:
     assert {words[0] for words in VERBS.values()} | {"serve", "serve-mesh", "serve-runtime"} == ALL_VERBS
 
 

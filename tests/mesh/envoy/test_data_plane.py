@@ -149,7 +149,7 @@ async def test_unload_waits_for_calls_that_envoy_carries(pod: RunningPod) -> Non
     assert pod.runtime.log[-2:] == [("unload", "m"), ("load", "m")]
 
 
-async def test_no_call_fails_while_models_come_and_go(pod: RunningPod) -> None:
+async def test_envoy_fails_no_call_while_models_come_and_go(pod: RunningPod) -> None:
     """Room for two of three models, all of which are called: each call may evict a model that Envoy carries calls for."""
     for name in ("n", "o"):
         await pod.register(name)
@@ -220,7 +220,7 @@ async def _chat_passes(pod: RunningPod) -> bool:
     return await num_through_mesh(pod, "m") == before
 
 
-async def test_a_name_that_moves_is_carried_to_its_new_model(pod: RunningPod) -> None:
+async def test_envoy_carries_a_moved_name_to_its_new_model(pod: RunningPod) -> None:
     first = (await pod.name("smol", "/one"))["model_id"]
     await until_carried(pod, "smol")
     await pod.name("smol", "/two")

@@ -120,14 +120,14 @@ async def test_envoy_leaves_other_callers_to_the_mesh(pod: RunningPod) -> None:
         assert answer.status == 401
 
 
-async def test_a_recognised_caller_keeps_its_rights_where_envoy_passes_the_call_on(pod: RunningPod) -> None:
+async def test_envoy_keeps_the_rights_of_a_recognised_caller(pod: RunningPod) -> None:
     pod.runtime.loaded.clear()
     assert (await outcome(pod, "team/a", "narrow%"))[0] == "OK"
     async with pod.http.post("/v1/completions", json={"model": "none"}, headers={"x-api-key": "narrow%"}) as answer:
         assert answer.status == 403
 
 
-async def test_a_removed_key_is_refused_soon(pod: RunningPod, tmp_path: Path) -> None:
+async def test_envoy_refuses_a_removed_key_soon(pod: RunningPod, tmp_path: Path) -> None:
     assert await outcome(pod, "other", SECRETS[0]) == ("OK", True)
     (tmp_path / "keys.json").write_text(json.dumps({"keys": [key("all", scopes=["inference", "metrics"])]}))
 

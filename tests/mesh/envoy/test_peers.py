@@ -56,7 +56,7 @@ async def test_call_comes_back_from_a_pod_that_lost_the_model(pods: Pods) -> Non
     assert a.runtime.calls["m"] == 1
 
 
-async def test_only_peers_reach_the_clusters_of_peers(pods: Pods) -> None:
+async def test_envoy_lets_only_peers_reach_the_clusters_of_peers(pods: Pods) -> None:
     _, b = pods
     before = await num_through_mesh(b, "m")
     for extra in ((PEER_KEY_HEADER, "guessed"), (PEER_HEADER, "1")):

@@ -141,7 +141,7 @@ async def test_min_copies_are_loaded_and_idle_models_unloaded(pods: list[Running
     assert holders(pods, kept) == 2
 
 
-async def test_a_model_asked_for_at_all_pods_at_once_is_loaded_once(pods: list[RunningPod]) -> None:
+async def test_load_asked_for_at_all_pods_at_once_is_done_once(pods: list[RunningPod]) -> None:
     await pods[0].register("m")
     for pod in pods:
         await pod.pod.registry.models.find("m")
@@ -151,7 +151,7 @@ async def test_a_model_asked_for_at_all_pods_at_once_is_loaded_once(pods: list[R
     assert sum(pod.runtime.log.count(("load", "m")) for pod in pods) == 1
 
 
-async def test_a_failed_load_is_tried_elsewhere_within_the_request(pods: list[RunningPod]) -> None:
+async def test_load_that_failed_is_tried_elsewhere_within_the_request(pods: list[RunningPod]) -> None:
     await pods[0].register("m", "/m")
     pods[0].runtime.switches.fail = {"/m": "the disk of this pod is broken"}
     pods[1].runtime.switches.fail = {"/m": "the disk of this pod is broken"}
@@ -159,7 +159,7 @@ async def test_a_failed_load_is_tried_elsewhere_within_the_request(pods: list[Ru
     assert "m" in pods[2].runtime.loaded
 
 
-async def test_a_request_waits_at_the_pod_that_loads_its_model(pods: list[RunningPod]) -> None:
+async def test_load_is_waited_for_at_the_pod_that_does_it(pods: list[RunningPod]) -> None:
     a, *others = pods
     a.runtime.switches.full_disk = True
     for name in ("x", "y"):  # failed loads put the pod last
@@ -178,7 +178,7 @@ async def test_a_request_waits_at_the_pod_that_loads_its_model(pods: list[Runnin
     assert sum(pod.runtime.log.count(("load", "m")) for pod in pods) == 1
 
 
-async def test_a_model_that_cannot_be_loaded_is_tried_three_times(pods: list[RunningPod]) -> None:
+async def test_load_that_cannot_succeed_is_tried_three_times(pods: list[RunningPod]) -> None:
     await pods[0].register("m", "/m")
     for pod in pods:
         pod.runtime.switches.fail = {"/m": "broken model"}
@@ -190,7 +190,7 @@ async def test_a_model_that_cannot_be_loaded_is_tried_three_times(pods: list[Run
     assert sum(pod.runtime.log.count(("load", "m")) for pod in pods) == 3
 
 
-async def test_a_pod_whose_loads_fail_gets_new_models_last(pods: list[RunningPod]) -> None:
+async def test_placement_prefers_pods_whose_loads_succeed(pods: list[RunningPod]) -> None:
     bad = pods[0].runtime
     bad.switches.fail = {f"/{number}": "no space left on device" for number in range(10)}
     for number in range(10):
@@ -200,7 +200,7 @@ async def test_a_pod_whose_loads_fail_gets_new_models_last(pods: list[RunningPod
     assert sum(verb == "load" for verb, _ in bad.log) <= 3
 
 
-async def test_a_pod_that_leaves_hands_its_models_over(tmp_path: Path, etcd: EtcdServer) -> None:
+async def test_copies_of_a_pod_that_leaves_are_handed_over(tmp_path: Path, etcd: EtcdServer) -> None:
     store = f"{etcd.url}/{uuid.uuid4().hex}"
     async with running_pod(tmp_path / "b", store=store) as b:
         async with running_pod(tmp_path / "a", store=store) as a:
@@ -210,9 +210,7 @@ async def test_a_pod_that_leaves_hands_its_models_over(tmp_path: Path, etcd: Etc
         await until(lambda: "m" in b.runtime.loaded, 5)
 
 
-async def test_a_running_answer_is_not_cut_and_its_drain_is_called_off(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_drain_is_called_off_for_a_running_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mesh.placement.admission._SPARE_BUSY_S", 0.2)
     async with running_pod(tmp_path / "pod", switches=Switches(capacity_bytes=15 * MB), grace_s=0.5) as pod:
         for name in ("a", "b"):
@@ -234,7 +232,7 @@ async def test_a_running_answer_is_not_cut_and_its_drain_is_called_off(
         assert await asyncio.wait_for(pod.echo("b"), 10) == b"hi"
 
 
-async def test_a_pinned_model_stays_and_lower_priorities_go_first(tmp_path: Path) -> None:
+async def test_eviction_keeps_pinned_models_and_begins_with_lower_priorities(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", switches=Switches(capacity_bytes=35 * MB)) as pod:
         ids = {}
         for name, settings in (("pinned", {"pinned": True}), ("high", {"priority": 5}), ("low", {"priority": -5})):
@@ -250,7 +248,7 @@ async def test_a_pinned_model_stays_and_lower_priorities_go_first(tmp_path: Path
         assert ids["low"] not in pod.runtime.loaded
 
 
-async def test_a_further_copy_is_loaded_in_another_zone(tmp_path: Path, etcd: EtcdServer) -> None:
+async def test_copies_are_added_in_another_zone(tmp_path: Path, etcd: EtcdServer) -> None:
     store = f"{etcd.url}/{uuid.uuid4().hex}"
     zones = {"a": "east", "b": "east", "c": "west"}
     async with AsyncExitStack() as stack:

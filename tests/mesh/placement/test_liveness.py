@@ -56,7 +56,7 @@ async def load_alone(pod: MeshProcess, model_id: str) -> None:
         assert (await ModelMeshStub(channel).registerModel(request)).status == mm.ModelStatusInfo.LOADED
 
 
-async def test_a_frozen_runtime_is_known_to_all_and_its_models_are_loaded_elsewhere(
+async def test_frozen_runtime_is_known_to_all_and_its_models_are_loaded_elsewhere(
     pods: tuple[RunningPod, RunningPod],
 ) -> None:
     a, b = pods
@@ -78,7 +78,7 @@ async def test_a_frozen_runtime_is_known_to_all_and_its_models_are_loaded_elsewh
     await until(lambda: not (a.pod.registry.instances.get("b") or InstanceRecord(cannot_serve=True)).cannot_serve)
 
 
-async def test_a_runtime_that_is_gone_is_left_alone(pods: tuple[RunningPod, RunningPod]) -> None:
+async def test_frozen_runtime_that_is_gone_is_left_alone(pods: tuple[RunningPod, RunningPod]) -> None:
     a, b = pods
     await a.register("m")
     await loaded_at(b, a, "m")
@@ -90,7 +90,7 @@ async def test_a_runtime_that_is_gone_is_left_alone(pods: tuple[RunningPod, Runn
 
 
 @pytest.mark.parametrize("carrier", ["grpc", "http"])
-async def test_a_frozen_pod_costs_seconds_and_no_request(tmp_path: Path, etcd: EtcdServer, carrier: str) -> None:
+async def test_frozen_pod_costs_seconds_and_no_request(tmp_path: Path, etcd: EtcdServer, carrier: str) -> None:
     store = f"{etcd.url}/{uuid.uuid4().hex}"
     (tmp_path / "b").mkdir()
     runtime = FakeRuntime(tmp_path / "b")
@@ -121,7 +121,7 @@ async def test_a_frozen_pod_costs_seconds_and_no_request(tmp_path: Path, etcd: E
     await runtime.stop()
 
 
-async def test_a_stream_from_a_frozen_pod_ends_with_its_session(tmp_path: Path, etcd: EtcdServer) -> None:
+async def test_frozen_pod_ends_its_streams_with_its_session(tmp_path: Path, etcd: EtcdServer) -> None:
     store = f"{etcd.url}/{uuid.uuid4().hex}"
     (tmp_path / "b").mkdir()
     runtime = FakeRuntime(tmp_path / "b")
@@ -149,9 +149,7 @@ async def test_a_stream_from_a_frozen_pod_ends_with_its_session(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("through", [0, 1])
-async def test_a_runtime_that_answers_no_request_fails_none_and_is_avoided(
-    pods: tuple[RunningPod, RunningPod], through: int
-) -> None:
+async def test_mute_runtime_fails_no_request_and_is_avoided(pods: tuple[RunningPod, RunningPod], through: int) -> None:
     a, b = pods
     models = ("m0", "m1", "m2")
     for model in models:
@@ -189,7 +187,7 @@ async def test_requests_that_wait_for_a_load_on_a_frozen_runtime_are_answered_el
     await begun
 
 
-async def test_a_long_answer_that_is_not_streamed_is_not_taken_for_silence(pods: tuple[RunningPod, RunningPod]) -> None:
+async def test_mute_runtime_is_not_suspected_for_a_long_answer(pods: tuple[RunningPod, RunningPod]) -> None:
     a, b = pods
     await a.register("m")
     await loaded_at(b, a, "m")
@@ -198,7 +196,7 @@ async def test_a_long_answer_that_is_not_streamed_is_not_taken_for_silence(pods:
     assert b.runtime.calls["m"] == 4
 
 
-async def test_a_slow_copy_loses_its_traffic_to_a_fast_one(pods: tuple[RunningPod, RunningPod]) -> None:
+async def test_slow_copy_loses_its_traffic_to_a_fast_one(pods: tuple[RunningPod, RunningPod]) -> None:
     a, b = pods
     await a.register("m")
     await loaded_at(b, a, "m")
@@ -210,7 +208,7 @@ async def test_a_slow_copy_loses_its_traffic_to_a_fast_one(pods: tuple[RunningPo
     assert b.runtime.calls["m"] >= 6
 
 
-async def test_a_pod_behind_a_partition_does_not_hold_a_request_for_long(tmp_path: Path, etcd: EtcdServer) -> None:
+async def test_partitioned_pod_does_not_hold_a_request_for_long(tmp_path: Path, etcd: EtcdServer) -> None:
     root = uuid.uuid4().hex
     async with (
         running_pod(tmp_path / "a", store=f"{etcd.url}/{root}") as a,

@@ -23,7 +23,7 @@ from wire.mmesh import model_mesh_pb2 as mm
 
 
 @pytest.mark.parametrize("foreign", [False, True])
-async def test_a_runtime_that_died_has_its_models_again(tmp_path: Path, foreign: bool) -> None:
+async def test_runtime_that_died_has_its_models_again(tmp_path: Path, foreign: bool) -> None:
     async with running_pod(tmp_path / "pod", foreign=foreign) as pod:
         for name in ("a", "b"):
             await pod.register(name)
@@ -40,7 +40,7 @@ async def test_a_runtime_that_died_has_its_models_again(tmp_path: Path, foreign:
         assert [verb for verb, _ in pod.runtime.log] == ["purge", "load", "load", "purge", "load", "load"]
 
 
-async def test_a_connection_that_breaks_purges_nothing(tmp_path: Path) -> None:
+async def test_runtime_whose_connection_breaks_is_not_purged(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod") as pod:
         await pod.register("a")
         await pod.echo("a")
@@ -51,7 +51,7 @@ async def test_a_connection_that_breaks_purges_nothing(tmp_path: Path) -> None:
         assert pod.runtime.log == [("purge", ""), ("load", "a")]
 
 
-async def test_a_foreign_runtime_serves(tmp_path: Path) -> None:
+async def test_pod_serves_over_a_foreign_runtime(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", foreign=True, switches=Switches(capacity_bytes=25 * MB)) as pod:
         for name in ("a", "b", "c"):
             await pod.register(name)
@@ -61,7 +61,7 @@ async def test_a_foreign_runtime_serves(tmp_path: Path) -> None:
             assert answer.status == 501
 
 
-async def test_what_was_loaded_before_a_crash_is_loaded_again_and_an_orderly_end_leaves_nothing(tmp_path: Path) -> None:
+async def test_pod_loads_models_again_after_a_crash_and_none_after_an_orderly_end(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod") as pod:
         await pod.register("a")
         await pod.echo("a")
@@ -86,7 +86,7 @@ async def _nothing() -> None:
     pass
 
 
-async def test_two_models_that_need_the_same_room_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_models_that_need_the_same_room_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mesh.placement.admission._SPARE_BUSY_S", 0.2)
     async with running_pod(tmp_path / "pod", switches=Switches(capacity_bytes=15 * MB, chunk_s=0.02)) as pod:
         for name in ("a", "b"):
@@ -106,7 +106,7 @@ async def test_two_models_that_need_the_same_room_take_turns(tmp_path: Path, mon
         assert answers == [b"hi"] * 40
 
 
-async def test_a_runtime_that_refuses_for_another_reason_costs_one_eviction_at_most(tmp_path: Path) -> None:
+async def test_load_refused_for_another_reason_costs_one_eviction_at_most(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", switches=Switches(capacity_bytes=100 * MB)) as pod:
         for name in ("a", "b", "c", "d"):
             await pod.register(name, f"/{name}")
@@ -141,7 +141,7 @@ async def test_loads_evict_nothing_for_a_model_that_can_never_fit(tmp_path: Path
         assert set(pod.runtime.loaded) == {"a", "b"}
 
 
-async def test_a_quarantined_model_is_left_alone_until_it_is_asked_for_by_name(tmp_path: Path) -> None:
+async def test_quarantined_model_is_left_alone_until_it_is_asked_for_by_name(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", failure_expiry_s=0.1) as pod:
         await pod.register("bad")
         await pod.register("good")
@@ -164,7 +164,7 @@ async def test_a_quarantined_model_is_left_alone_until_it_is_asked_for_by_name(t
         assert await pod.echo("bad") == b"hi"
 
 
-async def test_what_nobody_has_used_yet_displaces_nothing_in_use_until_it_is_asked_for(tmp_path: Path) -> None:
+async def test_load_of_an_unused_model_displaces_none_in_use(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", switches=Switches(capacity_bytes=15 * MB)) as pod:
         await pod.register("a")
         await pod.echo("a")
@@ -191,7 +191,7 @@ async def test_unloading_ends_a_load_that_is_under_way(tmp_path: Path) -> None:
         assert (await pod.chat("a"))[0] == 200
 
 
-async def test_a_pod_that_ends_refuses_who_waits_for_a_load_at_once(tmp_path: Path) -> None:
+async def test_pod_that_ends_refuses_waiting_requests_at_once(tmp_path: Path) -> None:
     async with running_pod(tmp_path / "pod", grace_s=30.0) as pod:
         await pod.name("a", "/files")
         pod.runtime.switches.load_gate = asyncio.Event()
@@ -217,7 +217,7 @@ async def test_unregistering_unloads(tmp_path: Path) -> None:
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_what_is_known_is_served_while_the_store_is_away(tmp_path: Path, own_etcd: EtcdServer) -> None:
+async def test_pod_serves_known_models_while_the_store_is_away(tmp_path: Path, own_etcd: EtcdServer) -> None:
     async with running_pod(tmp_path / "pod", store=own_etcd.url) as pod:
         for name in ("a", "b"):
             await pod.register(name)
@@ -291,7 +291,7 @@ async def test_sigterm_lets_streams_finish_and_the_log_has_no_prompt(tmp_path: P
     )
 
 
-async def test_a_port_that_is_taken_is_one_clear_line(tmp_path: Path) -> None:
+async def test_pod_reports_a_taken_port_in_one_line(tmp_path: Path) -> None:
     runtime = FakeRuntime(tmp_path)
     server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
@@ -304,7 +304,7 @@ async def test_a_port_that_is_taken_is_one_clear_line(tmp_path: Path) -> None:
     server.close()
 
 
-async def test_what_no_longer_fits_after_low_predictions_goes_once_it_is_idle(tmp_path: Path) -> None:
+async def test_placement_unloads_idle_models_after_low_predictions(tmp_path: Path) -> None:
     switches = Switches(default_size_bytes=60 * MB, predicted_bytes=10 * MB, overcommits=True)
     async with running_pod(tmp_path / "pod", switches=switches) as pod:
         calls = []
@@ -326,7 +326,7 @@ async def test_what_no_longer_fits_after_low_predictions_goes_once_it_is_idle(tm
         assert pod.pod.copies.usage().used_bytes == 60 * MB
 
 
-async def test_a_runtime_that_cant_be_used_is_asked_again_with_pauses(
+async def test_runtime_that_cannot_be_used_is_asked_again_with_pauses(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with running_pod(tmp_path / "pod", switches=Switches(loading_concurrency=0), wait=False) as pod:
@@ -352,7 +352,7 @@ def test_hosts_whose_names_end_alike_make_different_pods(monkeypatch: pytest.Mon
     assert not any("," in name or len(name) > 40 for name in made)
 
 
-async def test_a_pod_that_stops_while_the_store_is_away_asks_it_once(
+async def test_pod_that_stops_while_the_store_is_away_asks_it_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each question takes seconds then, and a pod may hold hundreds of models."""

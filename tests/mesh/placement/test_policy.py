@@ -74,7 +74,7 @@ def test_room_is_made_by_idle_models_least_used_first(usage: Usage, need_bytes: 
 
 
 @given(USAGES, st.integers(1, 300), st.integers(0, 1000))
-def test_a_model_from_long_ago_displaces_nothing_younger(usage: Usage, need_bytes: int, last_used_ms: int) -> None:
+def test_policy_displaces_no_younger_model_for_an_old_one(usage: Usage, need_bytes: int, last_used_ms: int) -> None:
     room = plan_eviction(usage, "new", need_bytes, last_used_ms=last_used_ms)
     model = {item.model_id: item for item in usage.models}
     assert all(model[model_id].last_used_ms < last_used_ms for model_id in room.victims)
@@ -87,7 +87,7 @@ def test_a_model_from_long_ago_displaces_nothing_younger(usage: Usage, need_byte
         assert usage.used_bytes - usage.unloading_bytes - older + need_bytes > usage.capacity_bytes
 
 
-def test_what_is_coming_free_is_waited_for_and_an_own_entry_does_not_count() -> None:
+def test_policy_waits_for_room_that_comes_free_and_ignores_an_own_entry() -> None:
     usage = Usage(
         100,
         (ModelUsage("a", 60, 1, is_unloading=True), ModelUsage("b", 30, 2), ModelUsage("new", 50, 3, is_loading=True)),
@@ -111,9 +111,7 @@ def test_load_times_stay_within_what_was_measured(loads: list[tuple[str, int, fl
 
 
 @given(st.floats(0.1, 1000), st.floats(0, 1000), st.floats(0, 1))
-def test_what_remains_is_positive_and_hints_are_what_clients_honour(
-    expected_s: float, elapsed_s: float, progress: float
-) -> None:
+def test_policy_gives_positive_waits_that_clients_honour(expected_s: float, elapsed_s: float, progress: float) -> None:
     left_s = remaining_s(expected_s, elapsed_s, progress)
     assert left_s > 0
     assert 1 <= retry_after_s(left_s) <= 120
@@ -137,7 +135,7 @@ CANDIDATES = st.lists(
 
 
 @given(CANDIDATES, st.text(max_size=8))
-def test_the_least_wait_is_chosen_but_for_affinity(candidates: list[Candidate], prefix: str) -> None:
+def test_policy_chooses_the_least_wait_but_for_affinity(candidates: list[Candidate], prefix: str) -> None:
     chosen = choose(candidates, prefix)
     assert (chosen is None) == (not candidates)
     if chosen is None:
@@ -148,7 +146,7 @@ def test_the_least_wait_is_chosen_but_for_affinity(candidates: list[Candidate], 
 
 
 @given(CANDIDATES)
-def test_more_load_makes_no_copy_more_attractive(candidates: list[Candidate]) -> None:
+def test_policy_makes_no_copy_more_attractive_by_load(candidates: list[Candidate]) -> None:
     chosen = choose(candidates)
     assume(chosen is not None)
     assert chosen is not None
@@ -173,9 +171,7 @@ def test_resident_before_host_before_disk_before_loading() -> None:
 
 
 @given(st.text(min_size=1), CANDIDATES)
-def test_a_prompt_goes_where_it_went_before_whoever_else_comes_or_goes(
-    prefix: str, candidates: list[Candidate]
-) -> None:
+def test_policy_sends_a_prompt_where_it_went_before(prefix: str, candidates: list[Candidate]) -> None:
     equal = [Candidate(item.instance_id, True) for item in candidates]
     chosen = choose(equal, prefix)
     for item in equal:

@@ -45,7 +45,7 @@ async def registry(tmp_path: Path) -> AsyncIterator[Registry]:
     await store.close()
 
 
-async def test_who_is_away_for_long_is_cleared_out(registry: Registry) -> None:
+async def test_reaper_clears_out_pods_that_are_away_for_long(registry: Registry) -> None:
     reaper = Reaper(registry, is_leader=lambda: True, away_s=600.0)
     await reaper.sweep(0.0)
     await registry.instances.publish(InstanceRecord(start_time_ms=1))
@@ -68,7 +68,7 @@ async def test_who_is_away_for_long_is_cleared_out(registry: Registry) -> None:
     assert "dead" in pods_of_m(registry)
 
 
-async def test_only_the_leader_clears_up(registry: Registry) -> None:
+async def test_reaper_runs_on_the_leader_only(registry: Registry) -> None:
     await registry.instances.publish(InstanceRecord(start_time_ms=1))
     await registry.instances.table.until("here", lambda record: record is not None)
     is_leader = False

@@ -44,7 +44,7 @@ async def loaded_at(pod: RunningPod, other: RunningPod, model_id: str) -> None:
     await until(known)
 
 
-async def test_a_request_goes_in_one_hop_to_the_pod_that_has_the_model(pods: tuple[RunningPod, RunningPod]) -> None:
+async def test_two_pods_forward_in_one_hop_to_the_pod_that_has_the_model(pods: tuple[RunningPod, RunningPod]) -> None:
     a, b = pods
     await a.register("m")
     await loaded_at(b, a, "m")
@@ -78,7 +78,7 @@ async def test_http_goes_in_one_hop_too_and_cancelling_crosses_it(pods: tuple[Ru
     assert a.runtime.loaded == {}
 
 
-async def test_what_one_pod_registers_the_other_serves_at_once(pods: tuple[RunningPod, RunningPod]) -> None:
+async def test_two_pods_serve_at_once_what_the_other_registers(pods: tuple[RunningPod, RunningPod]) -> None:
     a, b = pods
     await a.name("smol", "/files")
     assert (await b.chat("smol"))[0] == 200
@@ -86,7 +86,7 @@ async def test_what_one_pod_registers_the_other_serves_at_once(pods: tuple[Runni
         assert [entry["id"] for entry in (await answer.json())["data"]] == ["smol"]
 
 
-async def test_a_model_being_loaded_elsewhere_is_waited_for_there_with_its_progress(
+async def test_two_pods_wait_for_a_load_elsewhere_with_its_progress(
     pods: tuple[RunningPod, RunningPod],
 ) -> None:
     a, b = pods
@@ -124,7 +124,7 @@ async def test_last_use_is_the_same_on_every_pod(pods: tuple[RunningPod, Running
     await until_async(a_knows)
 
 
-async def test_a_pod_that_lost_the_model_is_not_asked_twice(pods: tuple[RunningPod, RunningPod]) -> None:
+async def test_two_pods_do_not_ask_twice_where_the_model_was_lost(pods: tuple[RunningPod, RunningPod]) -> None:
     a, b = pods
     await a.register("m")
     await loaded_at(b, a, "m")
@@ -136,7 +136,7 @@ async def test_a_pod_that_lost_the_model_is_not_asked_twice(pods: tuple[RunningP
     assert await a.echo("m") == b"hi"
 
 
-async def test_a_pod_that_dies_is_replaced_within_the_request(tmp_path: Path, etcd: EtcdServer) -> None:
+async def test_two_pods_replace_one_that_dies_within_the_request(tmp_path: Path, etcd: EtcdServer) -> None:
     store = f"{etcd.url}/{uuid.uuid4().hex}"
     async with running_pod(tmp_path / "a", store=store) as a, running_pod(tmp_path / "b", store=store) as b:
         await until(lambda: len(a.pod.registry.instances.live()) == 2)
@@ -149,7 +149,7 @@ async def test_a_pod_that_dies_is_replaced_within_the_request(tmp_path: Path, et
         assert "m" in a.runtime.loaded
 
 
-async def test_a_full_pod_has_an_empty_one_load(tmp_path: Path, etcd: EtcdServer) -> None:
+async def test_two_pods_load_on_the_empty_one(tmp_path: Path, etcd: EtcdServer) -> None:
     store = f"{etcd.url}/{uuid.uuid4().hex}"
     small = Switches(capacity_bytes=15 * MB)
     async with (
@@ -168,7 +168,7 @@ async def test_a_full_pod_has_an_empty_one_load(tmp_path: Path, etcd: EtcdServer
         assert b.runtime.loaded == {}
 
 
-async def test_a_pod_that_stops_leaves_nothing_behind(tmp_path: Path, etcd: EtcdServer) -> None:
+async def test_two_pods_keep_no_records_of_one_that_stopped(tmp_path: Path, etcd: EtcdServer) -> None:
     store = f"{etcd.url}/{uuid.uuid4().hex}"
     async with running_pod(tmp_path / "a", store=store) as a:
         async with running_pod(tmp_path / "b", store=store) as b:
@@ -201,7 +201,7 @@ async def test_keys_are_shared_over_the_hop(tmp_path: Path, etcd: EtcdServer) ->
         assert await a.unary("/test.Any/Echo")(b"hi", metadata=metadata) == b"hi"
 
 
-async def test_two_pods_with_one_id_are_told_so(
+async def test_two_pods_with_one_id_are_reported(
     pods: tuple[RunningPod, RunningPod], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     a, _ = pods
@@ -209,7 +209,7 @@ async def test_two_pods_with_one_id_are_told_so(
         assert f"instance_id a is also that of a pod at 127.0.0.1:{a.pod.grpc.port}" in caplog.text
 
 
-async def test_one_pod_tells_of_the_whole_mesh(pods: tuple[RunningPod, RunningPod]) -> None:
+async def test_two_pods_list_the_whole_mesh(pods: tuple[RunningPod, RunningPod]) -> None:
     """As ModelMesh's leader does: a dashboard's sum over the pods counts each model once."""
     await pods[0].register("m")
     await until(lambda: all(pod.pod.registry.models.get("m") is not None for pod in pods))
@@ -223,7 +223,7 @@ async def test_one_pod_tells_of_the_whole_mesh(pods: tuple[RunningPod, RunningPo
     assert told == ["1.0"]
 
 
-async def test_an_adapter_goes_where_its_base_is_or_fits(tmp_path: Path, etcd: EtcdServer) -> None:
+async def test_two_pods_load_an_adapter_where_its_base_is_or_fits(tmp_path: Path, etcd: EtcdServer) -> None:
     """The pod that is called has room for the adapters, not for their base, whose size is known from its first load."""
     store = f"{etcd.url}/{uuid.uuid4().hex}"
     sizes = {"/base": 40 * MB, "/sql": MB, "/legal": MB}

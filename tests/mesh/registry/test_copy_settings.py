@@ -48,7 +48,7 @@ def test_copy_settings_do_not_change_the_id(
 
 
 @given(others, others)
-def test_other_settings_do_change_the_id(one: dict[str, Any], other: dict[str, Any]) -> None:
+def test_model_id_changes_with_other_settings(one: dict[str, Any], other: dict[str, Any]) -> None:
     infos = [model_info("m", "/files", settings) for settings in (one, other)]
     assert is_same_model(*infos) == (one == other)
     assert (concrete_id("m", infos[0]) == concrete_id("m", infos[1])) == (one == other)

@@ -66,14 +66,14 @@ async def test_in_flight_loses_only_attempts_at_the_target_without_a_response() 
     assert in_flight.targets() == []
 
 
-async def test_an_attempt_lost_before_its_wait_begins_is_not_waited_for() -> None:
+async def test_peer_health_does_not_wait_for_an_attempt_lost_before() -> None:
     attempt = attempt_at("p")
     attempt.lose()
     assert await lost(attempt)
 
 
 @pytest.mark.parametrize("is_lost_before", [False, True])
-def test_a_lost_attempt_cancels_its_call(is_lost_before: bool) -> None:
+def test_peer_health_cancels_the_call_of_a_lost_attempt(is_lost_before: bool) -> None:
     attempt, cancelled = attempt_at("p"), []
     if is_lost_before:
         attempt.lose()
@@ -106,7 +106,7 @@ def running(health: PeerHealth) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("has_record", "expect_cut"), [(True, False), (False, True)])
-async def test_a_silent_pod_loses_what_has_not_begun_and_the_rest_with_its_record(
+async def test_peer_health_of_a_silent_pod_loses_attempts_that_have_not_begun(
     has_record: bool, expect_cut: bool
 ) -> None:
     probe, in_flight = ScriptedProbe(), InFlight()

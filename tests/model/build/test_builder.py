@@ -33,7 +33,7 @@ def test_unfused_gives_the_same(name: str, tmp_path: Path) -> None:
     assert_same(resident.logits(asked), hf_logits(model, asked))
 
 
-def test_only_asked_rows_get_logits(tmp_path: Path) -> None:
+def test_built_model_gives_logits_of_asked_rows_only(tmp_path: Path) -> None:
     model = tiny("llama")
     resident = bring_up(save(model, tmp_path))
     (prompt,) = prompts(VOCAB, [12])
@@ -61,7 +61,7 @@ def test_weights_leave_and_return(tmp_path: Path, fuse: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_a_bfloat16_checkpoint_runs_in_float32(tmp_path: Path) -> None:
+def test_built_model_runs_a_bfloat16_checkpoint_in_float32(tmp_path: Path) -> None:
     model = tiny("llama").to(torch.bfloat16)
     resident = bring_up(save(model, tmp_path))
     assert resident.built.dtype is torch.float32

@@ -81,7 +81,7 @@ class ParticularLookAlike(Particular):
             layer.mlp.__class__ = Doubled
 
 
-def test_a_class_without_miniatures_is_tried_in_its_own_size() -> None:
+def test_proof_tries_a_class_without_miniatures_in_its_own_size() -> None:
     config = LlamaConfig(
         num_hidden_layers=12,
         hidden_size=192,
@@ -97,7 +97,7 @@ def test_a_class_without_miniatures_is_tried_in_its_own_size() -> None:
     assert "differ by" in verdict.reason
 
 
-def test_what_can_not_be_tried_is_refused() -> None:
+def test_proof_refuses_a_class_that_cannot_be_tried() -> None:
     odd = LlamaConfig(
         num_hidden_layers=12, hidden_size=200, num_attention_heads=5, intermediate_size=100, vocab_size=5000
     )
@@ -113,20 +113,20 @@ def test_what_can_not_be_tried_is_refused() -> None:
     assert "exceed the limit of 536870912" in verdict.reason
 
 
-def test_a_llama_is_fused() -> None:
+def test_fuse_matches_a_llama() -> None:
     verdict = EquivalenceChecker(fuse=True).verdict(LlamaForCausalLM, CONFIG)
     assert verdict.fused
     assert not verdict.refused
 
 
-def test_a_look_alike_is_not() -> None:
+def test_fuse_leaves_a_look_alike() -> None:
     verdict = EquivalenceChecker(fuse=True).verdict(LookAlike, CONFIG)
     assert not verdict.fused
     assert not verdict.refused
     assert "logits of a tiny model differ by" in verdict.reason
 
 
-def test_what_the_hook_can_not_carry_is_refused() -> None:
+def test_proof_refuses_attention_that_the_hook_cannot_carry() -> None:
     assert eager_attention_forward is not None
     verdict = EquivalenceChecker(fuse=True).verdict(Leaning, CONFIG)
     assert verdict.refused
@@ -150,7 +150,7 @@ def test_verdicts_are_kept_by_class_and_flags() -> None:
     assert checker.verdict(LlamaForCausalLM, biased) is not verdict
 
 
-def test_a_miniature_keeps_every_kind_of_layer() -> None:
+def test_miniature_keeps_every_kind_of_layer() -> None:
     config = Gemma3TextConfig(num_hidden_layers=26, sliding_window=512)
     small = shrink(config)
     assert set(small.layer_types) == set(config.layer_types) == {"sliding_attention", "full_attention"}
@@ -163,7 +163,7 @@ def test_a_miniature_keeps_every_kind_of_layer() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_a_skeleton_takes_no_memory_and_draws_no_global_randomness() -> None:
+def test_skeleton_takes_no_memory_and_draws_no_global_randomness() -> None:
     model = build_skeleton(LlamaForCausalLM, CONFIG, "eager")
     large = [name for name, parameter in model.named_parameters() if not parameter.is_meta and parameter.numel() > 4096]
     assert large == []
@@ -174,7 +174,7 @@ def test_a_skeleton_takes_no_memory_and_draws_no_global_randomness() -> None:
     assert spec.layers[3].attention.head_dim == 128
 
 
-def test_no_match_says_what_differs() -> None:
+def test_fuse_says_what_differs_without_a_match() -> None:
     with pytest.raises(NoMatchError, match="Linear has no model"):
         match_stack(nn.Linear(2, 2), interleaved=False)
 

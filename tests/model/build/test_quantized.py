@@ -90,7 +90,7 @@ def with_bitsandbytes(model: PreTrainedModel, quantization: Quantization) -> Pre
 @pytest.mark.parametrize("kind", ["llama", "phi"])
 @pytest.mark.parametrize("quantization", [Quantization.NF4, Quantization.FP4, Quantization.INT8])
 @pytest.mark.parametrize("kernel_layout", [True, False])
-def test_a_packed_model_computes_what_bitsandbytes_does(
+def test_packed_model_computes_what_bitsandbytes_does(
     tmp_path: Path, kind: str, quantization: Quantization, kernel_layout: bool
 ) -> None:
     if kernel_layout and quantization is Quantization.INT8:
@@ -114,7 +114,7 @@ def test_a_packed_model_computes_what_bitsandbytes_does(
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi"])
-def test_a_packed_fp8_model_computes_with_the_dequantised_weights(tmp_path: Path, kind: str) -> None:
+def test_packed_fp8_model_computes_with_the_dequantised_weights(tmp_path: Path, kind: str) -> None:
     model = model_of(kind)
     checkpoint = save(model, tmp_path)
     pack(model, tmp_path / "packed", Quantization.FP8, kernel_layout=False)
@@ -131,7 +131,7 @@ def test_a_packed_fp8_model_computes_with_the_dequantised_weights(tmp_path: Path
     assert float((found[0] - unquantized[0]).abs().max()) > 1e-3
 
 
-def test_what_a_packed_file_lacks_is_named(tmp_path: Path) -> None:
+def test_packed_file_that_lacks_a_tensor_is_refused_by_its_name(tmp_path: Path) -> None:
     model = model_of("llama")
     checkpoint = save(model, tmp_path)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}

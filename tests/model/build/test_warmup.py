@@ -48,7 +48,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[Bucket]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_every_likely_size_runs_on_a_gpu(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_warmup_runs_every_likely_size_on_a_gpu(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     blueprint, kv = drawn(name, tmp_path)
     stage = Warmups(torch.device("cuda", 0), CONFIG)
     for warmup in (stage.open(), stage.begin(blueprint, kv, blueprint.card.dtype, SLAB)):

@@ -78,7 +78,7 @@ def test_experts_are_stacked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", ["lm_head.weight", "transformer.wte.weight"])
-def test_a_tied_tensor_by_either_name(tmp_path: Path, kept: str) -> None:
+def test_weight_loader_finds_a_tied_tensor_by_either_name(tmp_path: Path, kept: str) -> None:
     model = tiny("gpt2")
     checkpoint = save(model, tmp_path)
     tensors = read(checkpoint)
@@ -117,7 +117,7 @@ def test_constants_that_old_files_store_are_ignored(tmp_path: Path) -> None:
     assert "has unexpected transformer.h.0.attn.masked_weight" in refused(checkpoint)
 
 
-def test_what_is_missing_or_unexpected_is_named(tmp_path: Path) -> None:
+def test_weight_loader_names_missing_and_unexpected_tensors(tmp_path: Path) -> None:
     checkpoint = save(tiny("llama"), tmp_path)
     tensors = read(checkpoint)
     del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -127,7 +127,7 @@ def test_what_is_missing_or_unexpected_is_named(tmp_path: Path) -> None:
     assert "has unexpected model.layers.1.mlp.sideways.weight" in message
 
 
-def test_a_wrong_shape_is_named(tmp_path: Path) -> None:
+def test_weight_loader_names_a_wrong_shape(tmp_path: Path) -> None:
     checkpoint = save(tiny("llama"), tmp_path)
     rewrite(checkpoint, read(checkpoint) | {"model.norm.weight": torch.ones(7)})
     message = refused(checkpoint)
@@ -137,7 +137,7 @@ def test_a_wrong_shape_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("keep", "says"), [(3, "not even a header"), (200, "its header alone needs"), (-5, "ends at")])
-def test_a_truncated_file_is_named(tmp_path: Path, keep: int, says: str) -> None:
+def test_weight_loader_names_a_truncated_file(tmp_path: Path, keep: int, says: str) -> None:
     checkpoint = save(tiny("llama"), tmp_path)
     file = Path(checkpoint.weight_files[0])
     data = file.read_bytes()
@@ -151,19 +151,19 @@ def test_a_truncated_file_is_named(tmp_path: Path, keep: int, says: str) -> None
 @pytest.mark.parametrize(
     "header", [b"\xff" * 8, (40).to_bytes(8, "little") + b"no JSON" * 20, (2).to_bytes(8, "little") + b"[]"]
 )
-def test_what_is_no_safetensors_file_is_named(tmp_path: Path, header: bytes) -> None:
+def test_weight_loader_names_a_file_of_another_format(tmp_path: Path, header: bytes) -> None:
     checkpoint = save(tiny("llama"), tmp_path)
     Path(checkpoint.weight_files[0]).write_bytes(header)
     assert "is not a safetensors file" in refused(checkpoint)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_weight_loader_names_a_missing_file(tmp_path: Path) -> None:
     checkpoint = save(tiny("llama"), tmp_path)
     Path(checkpoint.weight_files[0]).unlink()
     assert f"{checkpoint.weight_files[0]} can't be read: No such file" in refused(checkpoint)
 
 
-def test_a_file_that_shrinks_later_fails_the_swap_in_and_not_the_engine(tmp_path: Path) -> None:
+def test_weight_loader_fails_the_swap_in_of_a_file_that_shrank(tmp_path: Path) -> None:
     checkpoint = save(tiny("llama"), tmp_path)
     resident = bring_up(checkpoint)
     asked = prompts(VOCAB, [5])
@@ -183,7 +183,7 @@ def test_a_file_that_shrinks_later_fails_the_swap_in_and_not_the_engine(tmp_path
     assert len(resident.logits(asked)) == 1
 
 
-def test_a_fill_can_be_cancelled(tmp_path: Path) -> None:
+def test_weight_filler_can_be_cancelled(tmp_path: Path) -> None:
     blueprint = draw(
         "m", save(tiny("llama"), tmp_path), None, EquivalenceChecker(fuse=True), num_threads=2, min_group_bytes=1
     )

@@ -58,7 +58,7 @@ def test_products_are_those_of_rows(order: OneDnnLayout, n: int, k: int, dtype: 
         assert error < (1e-5 if dtype is torch.float32 else 1e-2)
 
 
-def test_what_would_take_more_bytes_stays_in_rows(order: OneDnnLayout) -> None:
+def test_onednn_layout_keeps_rows_that_would_take_more_bytes(order: OneDnnLayout) -> None:
     for shape in [(17, 33), (100, 48), (64,), (2, 64, 64)]:
         matrix = order.matrix(shape, torch.float32)
         assert (
@@ -71,7 +71,9 @@ def test_what_would_take_more_bytes_stays_in_rows(order: OneDnnLayout) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_model_in_order_is_the_model_and_returns_so(order: OneDnnLayout, name: str, tmp_path: Path) -> None:
+def test_onednn_layout_of_a_model_computes_the_same_and_survives_eviction(
+    order: OneDnnLayout, name: str, tmp_path: Path
+) -> None:
     model = made(name)
     asked = prompts(VOCAB, (5, 40))
     resident = bring_up(save(model, tmp_path))
@@ -93,7 +95,7 @@ def test_a_model_in_order_is_the_model_and_returns_so(order: OneDnnLayout, name:
         resident.memory.close()
 
 
-def test_a_machine_that_cannot_order_computes_over_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_onednn_layout_falls_back_to_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("runtime.engine.model.cpu.onednn_layout._Shim", lambda: torch.ops.mkldnn.what_there_is_not)
     model, asked = made("untied"), prompts(VOCAB, (7,))
     resident = bring_up(save(model, tmp_path))

@@ -21,7 +21,7 @@ from runtime.errors import Cancelled, LoadFailed
 SLAB = 8192
 
 
-def test_a_range_keeps_its_address_and_loses_its_contents() -> None:
+def test_range_keeps_its_address_and_loses_its_contents() -> None:
     memory = CpuMemory(SLAB, 6)
     held = memory.reserve(3)
     address = held.bytes_view.data_ptr()
@@ -38,7 +38,7 @@ def test_a_range_keeps_its_address_and_loses_its_contents() -> None:
     assert memory.ledger.num_mapped == 0
 
 
-def test_a_slab_lies_in_one_place_only() -> None:
+def test_slab_is_mapped_in_one_place_only() -> None:
     memory = CpuMemory(SLAB, 4)
     a, b = memory.reserve(2), memory.reserve(2)
     a.map(0, [1])
@@ -90,7 +90,7 @@ def test_whoever_waits_for_a_group_sees_its_bytes() -> None:
     assert filling.failed() is None
 
 
-def test_a_failed_fill_tells_who_waits() -> None:
+def test_host_image_reports_a_failed_fill_to_those_that_wait() -> None:
     for error, kind in ((LoadFailed("gone"), LoadFailed), (RuntimeError("odd"), LoadFailed)):
         filler = ScriptedFiller(error)
         for event in filler.go:
@@ -127,7 +127,7 @@ def put(host: HostTier, key: str, size: int, fill: int = 1) -> HostWeights | Non
     return image
 
 
-def test_the_least_recently_used_image_gives_way() -> None:
+def test_host_arena_evicts_the_least_recently_used_image() -> None:
     host = arena(4)
     a, b = put(host, "a", 2 * CHUNK), put(host, "b", 2 * CHUNK)
     assert a is not None
@@ -140,7 +140,7 @@ def test_the_least_recently_used_image_gives_way() -> None:
     assert not a.gone
 
 
-def test_an_image_in_use_stays() -> None:
+def test_host_arena_keeps_an_image_in_use() -> None:
     host = arena(4)
     reading = True
     a = put(host, "a", 3 * CHUNK)
@@ -153,7 +153,7 @@ def test_an_image_in_use_stays() -> None:
     assert a.gone
 
 
-def test_an_image_being_filled_is_not_found() -> None:
+def test_host_arena_does_not_find_an_image_that_is_being_filled() -> None:
     host = arena(4)
     image = host.allocate("a", CHUNK)
     assert image is not None
@@ -197,7 +197,7 @@ def test_images_outlive_the_engine(tmp_path: Path) -> None:
     assert second.find("b") is b
 
 
-def test_an_index_of_another_arena_is_worthless(tmp_path: Path) -> None:
+def test_host_arena_ignores_the_index_of_another(tmp_path: Path) -> None:
     path = str(tmp_path / "arena")
     index = ArenaIndex(path)
     index.write(CHUNK, 4, (IndexEntry("a", CHUNK, (0,)),))
@@ -250,7 +250,7 @@ def test_chunks_are_never_lost() -> None:
         assert len(held) + host.num_free_chunks == 12, step
 
 
-def test_a_shared_arena_keeps_its_bytes(tmp_path: Path) -> None:
+def test_shared_arena_keeps_its_bytes(tmp_path: Path) -> None:
     path = str(tmp_path / "arena")
     size = 3 * 4096
     first = PinnedMemory(size, path, torch.device("cpu"))

@@ -48,7 +48,7 @@ def memory(device: torch.device) -> Iterator[CudaMemory]:
     made.close()
 
 
-def test_a_slab_carries_its_contents_between_ranges(memory: CudaMemory) -> None:
+def test_slab_carries_its_contents_between_ranges(memory: CudaMemory) -> None:
     a, b = memory.reserve(3), memory.reserve(2)
     address = a.bytes_view.data_ptr()
     a.map(0, [5, 6, 7])
@@ -66,7 +66,7 @@ def test_a_slab_carries_its_contents_between_ranges(memory: CudaMemory) -> None:
     b.close()
 
 
-def test_a_slab_is_lent_once(memory: CudaMemory) -> None:
+def test_slab_is_lent_once(memory: CudaMemory) -> None:
     a, b = memory.reserve(2), memory.reserve(2)
     a.map(0, [1])
     with pytest.raises(ValueError, match="slab 1 is mapped already"):
@@ -114,7 +114,7 @@ def test_triton_takes_the_address_of_an_empty_range(memory: CudaMemory) -> None:
     torch.cuda.synchronize()
 
 
-def test_a_graph_survives_another_slab_below(memory: CudaMemory) -> None:
+def test_graph_survives_another_slab_below(memory: CudaMemory) -> None:
     held, out = memory.reserve(1), torch.zeros(SLAB, dtype=torch.uint8, device=memory.device)
     held.map(0, [3])
     held.bytes_view.fill_(5)
@@ -235,7 +235,7 @@ class UnreadableFiller:
         raise LoadFailed("read from disk again")
 
 
-def test_an_engine_that_returns_finds_its_models_warm(memory: CudaMemory, tmp_path: Path) -> None:
+def test_engine_that_returns_finds_its_models_warm(memory: CudaMemory, tmp_path: Path) -> None:
     path = str(tmp_path / "arena")
     first = Stage(memory, tmp_path / "model", arena_path=path)
     first.close()
@@ -265,7 +265,7 @@ def test_registered_memory_is_pinned(device: torch.device) -> None:
     pinned.close()
 
 
-def test_the_backend_loads_and_gives_back(tmp_path: Path) -> None:
+def test_backend_loads_and_gives_back(tmp_path: Path) -> None:
     from runtime.engine.device.backend import make_backend
 
     backend = make_backend(

@@ -48,7 +48,7 @@ def driver_of(memory: CudaMemory) -> CheckedDriver:
     return driver
 
 
-def test_any_order_of_mapping_is_legal(memory: CudaMemory, device: Device) -> None:
+def test_mapping_order_is_legal(memory: CudaMemory, device: Device) -> None:
     rng = random.Random(1)
     ranges = [memory.reserve(12) for _ in range(3)]
     held: dict[tuple[int, int], int] = {}
@@ -87,7 +87,7 @@ def test_any_order_of_mapping_is_legal(memory: CudaMemory, device: Device) -> No
     assert driver_of(memory).num_mapped == len(held) + anchors
 
 
-def test_the_same_slab_in_the_same_place_costs_nothing(memory: CudaMemory) -> None:
+def test_mapping_of_the_same_slab_in_the_same_place_is_free(memory: CudaMemory) -> None:
     held = memory.reserve(2)
     held.map(0, [7, 8])
     held.unmap(0, 2)
@@ -97,7 +97,7 @@ def test_the_same_slab_in_the_same_place_costs_nothing(memory: CudaMemory) -> No
 
 
 @pytest.mark.parametrize("failing", range(6))
-def test_a_mapping_that_fails_leaves_nothing(memory: CudaMemory, device: Device, failing: int) -> None:
+def test_mapping_that_fails_leaves_nothing(memory: CudaMemory, device: Device, failing: int) -> None:
     """Wherever the driver gives up: the slabs can go elsewhere, the places can be filled later, and kernels may be handed the address."""
     held, other = memory.reserve(4), memory.reserve(4)
     held.map(1, [9])
@@ -139,7 +139,7 @@ def test_cuda_memory_names_how_many_slabs_were_allocated(memory: CudaMemory, dev
     assert not device.drivers[-1].handles
 
 
-def test_a_range_that_cannot_be_made_leaves_no_addresses(memory: CudaMemory, device: Device) -> None:
+def test_range_that_cannot_be_made_leaves_no_addresses(memory: CudaMemory, device: Device) -> None:
     for failing in ("reserve", "map", "allow"):
 
         def fail(call: str, failing: str = failing) -> None:
@@ -154,7 +154,7 @@ def test_a_range_that_cannot_be_made_leaves_no_addresses(memory: CudaMemory, dev
 
 
 @pytest.mark.parametrize("arena_slabs", [48, 0])
-def test_a_model_comes_from_the_arena_or_from_disk(
+def test_swap_in_reads_the_arena_or_the_disk(
     memory: CudaMemory, device: Device, tmp_path: Path, arena_slabs: int
 ) -> None:
     model = tiny("llama")
@@ -210,9 +210,7 @@ def test_a_model_comes_from_the_arena_or_from_disk(
     assert memory.ledger.num_mapped == 0
 
 
-def test_an_image_is_nobody_elses_from_the_moment_it_is_found(
-    memory: CudaMemory, device: Device, tmp_path: Path
-) -> None:
+def test_host_image_is_held_from_the_moment_it_is_found(memory: CudaMemory, device: Device, tmp_path: Path) -> None:
     """A loading thread looks for room in the arena just when a swap-in has found its image there, and queued no copy yet."""
     model = tiny("llama")
     blueprint = draw("m", save(model, tmp_path), None, EquivalenceChecker(fuse=True), num_threads=2, min_group_bytes=1)

@@ -36,7 +36,7 @@ def group(folder: Path, limit: str, used: int, files: int, *, v1: bool = False) 
     )
 
 
-def test_a_containers_limit_counts_and_pages_of_files_do_not(tmp_path: Path) -> None:
+def test_free_memory_counts_a_containers_limit_and_no_pages_of_files(tmp_path: Path) -> None:
     groups, own = tmp_path / "groups", tmp_path / "own"
     own.write_text("0::/\n")
     assert free_bytes(groups, own) == MACHINE
@@ -48,7 +48,7 @@ def test_a_containers_limit_counts_and_pages_of_files_do_not(tmp_path: Path) -> 
     assert free_bytes(groups, own) == 0
 
 
-def test_the_tightest_limit_on_the_way_up_holds(tmp_path: Path) -> None:
+def test_free_memory_is_below_the_tightest_limit_on_the_way_up(tmp_path: Path) -> None:
     groups, own = tmp_path / "groups", tmp_path / "own"
     own.write_text("0::/pods/one/container\n")
     group(groups / "pods" / "one" / "container", "max", 1, 0)
@@ -57,7 +57,7 @@ def test_the_tightest_limit_on_the_way_up_holds(tmp_path: Path) -> None:
     assert free_bytes(groups, own) == 5 << 30
 
 
-def test_the_older_groups_are_read_where_a_container_sees_its_own_as_the_root(tmp_path: Path) -> None:
+def test_free_memory_reads_cgroups_of_version_1(tmp_path: Path) -> None:
     groups, own = tmp_path / "groups", tmp_path / "own"
     own.write_text("5:cpu,cpuacct:/machine/4f2\n4:memory:/machine/4f2\n")
     group(groups / "memory", str(4 << 30), 3 << 30, 1 << 30, v1=True)
@@ -101,7 +101,7 @@ def test_shared_memory_that_holds_little_is_no_place_for_the_arena(
     assert f"of the {12 * SLAB} bytes wanted" in caplog.text
 
 
-def test_half_of_free_memory_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_host_tier_takes_half_of_free_memory_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert host_tier(EngineConfig(), SLAB) == ("", MACHINE // 2)
     path = shared(monkeypatch, tmp_path, MACHINE)
     assert host_tier(EngineConfig(host_arena_path=path), SLAB) == (path, MACHINE // 2)
@@ -110,7 +110,7 @@ def test_half_of_free_memory_unless_told_otherwise(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("chunk_mib", [1, 48, 64, 96])
-def test_no_chunk_is_ever_registered_in_part(monkeypatch: pytest.MonkeyPatch, chunk_mib: int) -> None:
+def test_host_tier_registers_whole_chunks(monkeypatch: pytest.MonkeyPatch, chunk_mib: int) -> None:
     """The driver refuses a copy from memory of which it knows a part."""
     registered: list[tuple[int, int]] = []
 

@@ -113,7 +113,7 @@ def graphs_of(pool: FakePool, ready: bool = True) -> tuple[ModelGraphs, list[str
     return ModelGraphs("tiny", cast("GraphPool", pool), lambda: done.append("blank"), run, lambda: ready), done
 
 
-def test_the_second_use_asks_and_an_idle_turn_captures() -> None:
+def test_cuda_graphs_capture_a_size_in_an_idle_turn_after_its_second_use() -> None:
     pool = FakePool()
     graphs, done = graphs_of(pool)
     assert use(graphs, BUCKET) is None
@@ -127,12 +127,12 @@ def test_the_second_use_asks_and_an_idle_turn_captures() -> None:
     assert use(graphs, BUCKET) is not None
 
 
-def test_a_busy_model_captures_in_place() -> None:
+def test_cuda_graphs_of_a_busy_model_are_captured_in_place() -> None:
     graphs, _ = graphs_of(FakePool())
     assert [use(graphs, BUCKET) is None for _ in range(EAGER_USES + 1)] == [True] * EAGER_USES + [False]
 
 
-def test_nothing_is_captured_into_a_full_pool_or_replayed_while_weights_come() -> None:
+def test_cuda_graphs_wait_for_room_and_for_weights() -> None:
     pool = FakePool(full=True)
     graphs, done = graphs_of(pool)
     assert all(use(graphs, BUCKET) is None for _ in range(2 * EAGER_USES))
@@ -142,7 +142,7 @@ def test_nothing_is_captured_into_a_full_pool_or_replayed_while_weights_come() -
     assert done == []
 
 
-def test_a_model_that_cannot_be_captured_is_tried_once_and_runs_eagerly(caplog: pytest.LogCaptureFixture) -> None:
+def test_cuda_graphs_try_a_model_that_cannot_be_captured_once(caplog: pytest.LogCaptureFixture) -> None:
     pool = FakePool(fails=True)
     graphs, _ = graphs_of(pool)
     assert all(use(graphs, BUCKET) is None for _ in range(3 * EAGER_USES))
@@ -178,11 +178,11 @@ def test_bucket_of_large_mixed_step_bounds_the_padding(least: int, most: int, ra
         assert bucket.num_tokens <= ratio * tokens
 
 
-def test_a_context_makes_no_difference_to_a_mixed_step() -> None:
+def test_cuda_graphs_of_a_mixed_step_do_not_depend_on_the_context() -> None:
     assert bucket_of(60, 3, 3, 40, 100) == bucket_of(60, 3, 3, 40, 200_000)
 
 
-def test_what_is_likely_is_what_steps_ask_for() -> None:
+def test_cuda_graphs_likely_sizes_are_those_of_steps() -> None:
     buckets = standard()
     assert len(set(buckets)) == len(buckets) <= 40
     for bucket in buckets:
@@ -226,7 +226,7 @@ def test_idle_turns_capture_what_is_likely_model_by_model_one_thing_a_turn() -> 
     assert (a.num_graphs, b.num_graphs) == (3, 2)
 
 
-def test_what_was_asked_for_comes_before_what_is_likely() -> None:
+def test_cuda_graphs_capture_asked_sizes_before_likely_ones() -> None:
     log: list[str] = []
     pool = idle_pool()
     graphs = member(pool, log, "a", Bucket(1, 1, 1, 1024))
@@ -249,7 +249,7 @@ def test_likely_graphs_leave_half_of_the_memory_to_those_asked_for() -> None:
     assert use(graphs, asked) is not None
 
 
-def test_a_model_whose_weights_are_away_is_captured_when_they_are_back() -> None:
+def test_cuda_graphs_of_an_evicted_model_are_captured_after_its_return() -> None:
     here: list[bool] = []
     pool = idle_pool()
     graphs = member(pool, [], "a", Bucket(1, 1, 1, 1024), ready=lambda: bool(here))
@@ -262,7 +262,7 @@ def test_a_model_whose_weights_are_away_is_captured_when_they_are_back() -> None
     assert pool.next_capture() is None
 
 
-def test_a_model_that_goes_leaves_room_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_graphs_of_an_unloaded_model_leave_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names come and go for as long as an engine lives."""
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
     pool = idle_pool(limit_bytes=800)
@@ -301,7 +301,7 @@ def test_replayed_steps_say_what_eager_ones_say() -> None:
 
 
 @pytest.mark.gpu
-def test_a_model_that_asks_the_device_leaves_the_others_their_graphs(caplog: pytest.LogCaptureFixture) -> None:
+def test_cuda_graphs_of_others_survive_a_model_that_synchronises(caplog: pytest.LogCaptureFixture) -> None:
     """A capture that the driver calls void: torch must not take the next one for a second capture at once."""
     device = torch.device("cuda", 0)
     pool = GraphPool(device, enabled=True)

@@ -35,7 +35,7 @@ def graphs_of(pool: GraphPool, run: Callable[[], object] = lambda: None, name: s
     return ModelGraphs(name, pool, lambda: None, logits, lambda: True, (BUCKET,))
 
 
-def test_a_model_that_cannot_be_captured_leaves_the_others_their_graphs(
+def test_graph_pool_keeps_graphs_beside_a_model_that_cannot_be_captured(
     captures: TorchGraphs, pool: GraphPool, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = graphs_of(pool)
@@ -61,7 +61,7 @@ def test_a_model_that_cannot_be_captured_leaves_the_others_their_graphs(
 )
 @pytest.mark.parametrize("fails_at", ["warmup", "capture"])
 @pytest.mark.parametrize("asked", ["by an idle turn", "by a step"])
-def test_whatever_a_pass_raises_that_nobody_asked_for_costs_graphs_alone(
+def test_graph_pool_survives_any_error_of_a_capture(
     captures: TorchGraphs, pool: GraphPool, error: Exception, fails_at: str, asked: str
 ) -> None:
     def run() -> None:

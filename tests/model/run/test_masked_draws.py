@@ -70,7 +70,7 @@ def test_masked_greedy_text_equals_constrained_transformers_text(device: str) ->
         SamplingParams(temperature=1.2, top_p=0.8, frequency_penalty=0.6, seed=3),
     ],
 )  # fmt: skip
-def test_a_constant_mask_draws_what_allowed_ids_draw(rules: SamplingParams, device: str) -> None:
+def test_masked_draw_with_a_constant_mask_equals_allowed_ids(rules: SamplingParams, device: str) -> None:
     """Two mechanisms with one meaning: the same tokens and the same log-probabilities."""
     ids = tuple(range(1, VOCAB, 4))
     limited = SamplingParams(
@@ -91,7 +91,7 @@ def test_a_constant_mask_draws_what_allowed_ids_draw(rules: SamplingParams, devi
 
 
 @pytest.mark.parametrize("by", ["suppressed", "allowed"])
-def test_the_mask_has_precedence_where_nothing_else_would_be_left(by: str) -> None:
+def test_masked_draw_prefers_the_mask_where_nothing_else_is_left(by: str) -> None:
     rules = SamplingParams(temperature=0.0, allowed_token_ids=(3, 4) if by == "allowed" else ())
     only_eos = Ask([5, 6], 1, rules, min_tokens=4, suppressed=(11,), allowed=lambda said: [11])
     assert Driver(*hooked(family("llama")), chaos=False).run([only_eos])[0].tokens == [11]
@@ -108,7 +108,7 @@ def test_draws_need_a_forward_pass_and_one_mask_per_masked_row() -> None:
 
 
 @pytest.mark.gpu
-def test_a_masked_step_never_waits_for_the_device() -> None:
+def test_masked_step_never_waits_for_the_device() -> None:
     """Eager and as a CUDA graph; the masked row's id comes from the host, as the scheduler gives it."""
     built, pages = hooked(family("llama").cuda(), device="cuda")
     driver = Driver(built, pages, max_rows=4)

@@ -19,7 +19,7 @@ from tests.support.graphs import capture_all, launch
 GREEDY = SamplingParams(temperature=0.0)
 
 
-def test_a_step_beyond_the_buffers_is_refused_and_the_next_one_runs() -> None:
+def test_runner_refuses_a_step_beyond_its_buffers_and_runs_the_next() -> None:
     driver = Driver(*hooked(family("llama")), max_rows=4, max_tokens=32, chaos=False)
     too_long = StepPlan([0], [0], [33], [False], [1], [1] * 33, [(0, 0, 0), (0, 1, 3), (0, 2, 6)])
     with pytest.raises(EngineFault, match="33 tokens"):
@@ -27,7 +27,7 @@ def test_a_step_beyond_the_buffers_is_refused_and_the_next_one_runs() -> None:
     assert len(driver.run([Ask([1, 2, 3], 4)])[0].tokens) == 4
 
 
-def test_more_blocks_at_once_than_the_upload_holds() -> None:
+def test_runner_uploads_more_blocks_than_one_buffer_holds() -> None:
     """Rows admitted with long prefix hits bring all their pages in one step."""
     built, pages = hooked(family("llama"), num_slabs=60)
     config = EngineConfig(max_rows=2, max_batch_tokens=32)
@@ -105,7 +105,7 @@ def test_steps_launched_ahead_keep_their_results() -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("logprobs", [LogprobParams(), LogprobParams(generated=3, prompt=1)])
-def test_a_step_never_waits_for_the_device(sampling: SamplingParams, logprobs: LogprobParams) -> None:
+def test_runner_step_never_waits_for_the_device(sampling: SamplingParams, logprobs: LogprobParams) -> None:
     built, pages = hooked(family("llama").cuda(), device="cuda")
     driver = Driver(built, pages, max_rows=8)
     prompts = [[1 + i, 2, 3, 4] for i in range(4)]
@@ -140,7 +140,7 @@ def test_a_step_never_waits_for_the_device(sampling: SamplingParams, logprobs: L
         capture_all(driver.state.graphs, {"tiny": driver.runner})
 
 
-def test_a_step_that_will_never_end_is_ready_and_says_why_when_it_is_collected() -> None:
+def test_runner_step_that_failed_is_ready_and_raises_when_collected() -> None:
     """A lost device shows at whatever asks first; the loop must learn whose step it was."""
 
     class Lost:

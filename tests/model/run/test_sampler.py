@@ -177,7 +177,7 @@ def test_end_tokens_that_are_no_tokens_touch_nobody() -> None:
     assert drawn.tolist() == [9, 9]
 
 
-def test_a_returning_row_counts_what_it_said_once() -> None:
+def test_sampler_counts_the_tokens_of_a_returning_row_once() -> None:
     vocab, rules = 30, SamplingParams(temperature=0.0, frequency_penalty=1.0)
     tables = RowState(CPU, 2)
     tables.write_rules([0], [rules])

@@ -70,7 +70,9 @@ def near_the_edge(logits: torch.Tensor, rules: SamplingParams) -> bool:
 @example(SamplingParams(top_p=0.97), 1, 1500, 0.3)  # more is kept than the candidates
 @example(SamplingParams(min_p=0.01), 2, 1500, 0.3)
 @given(RULES, st.integers(0, 2**32 - 1), st.sampled_from([2, 17, 60, 1500]), st.floats(0.3, 6.0))
-def test_what_is_left_is_what_transformers_leaves(rules: SamplingParams, seed: int, vocab: int, spread: float) -> None:
+def test_sampler_keeps_the_tokens_that_transformers_keeps(
+    rules: SamplingParams, seed: int, vocab: int, spread: float
+) -> None:
     logits = torch.from_numpy(np.random.default_rng(seed).normal(0.0, spread, (1, vocab)).astype(np.float32))
     expected = warped(logits, rules)
     if near_the_edge(logits, rules):
@@ -89,7 +91,7 @@ def test_what_is_left_is_what_transformers_leaves(rules: SamplingParams, seed: i
 
 @settings(max_examples=60, deadline=None)
 @given(RULES, st.integers(0, 2**31))
-def test_nothing_is_drawn_that_was_cut(rules: SamplingParams, seed: int) -> None:
+def test_sampler_never_draws_a_token_that_was_cut(rules: SamplingParams, seed: int) -> None:
     vocab, num = 1500, 64
     logits = torch.from_numpy(np.random.default_rng(seed).normal(0.0, 2.0, (1, vocab)).astype(np.float32))
     if near_the_edge(logits, rules):

@@ -82,7 +82,7 @@ def test_random_schemas_and_random_weights_give_valid_documents(folder: Path) ->
     assert finished > 40
 
 
-def test_a_guided_text_does_not_depend_on_what_is_beside_it(folder: Path) -> None:
+def test_guided_text_does_not_depend_on_its_batch(folder: Path) -> None:
     guided = [asked(JsonSchema(SCHEMA), prompt=60 + index) for index in range(5)]
     plain = [asked(None, prompt=90 + index, max_tokens=60, ignore_eos=True) for index in range(5)]
     alone = [texts(folder, [request])[0] for request in guided]
@@ -104,7 +104,7 @@ def test_a_guided_text_does_not_depend_on_what_is_beside_it(folder: Path) -> Non
     ],
     ids=["min_tokens", "ignore_eos", "logprobs", "logit_bias", "repetition_penalty", "top_k", "allowed_token_ids"],
 )
-def test_the_grammar_has_precedence_over_other_parameters(folder: Path, request_: GenerationRequest) -> None:
+def test_grammar_has_precedence_over_other_parameters(folder: Path, request_: GenerationRequest) -> None:
     run = run_engine(checkpoint(folder), [request_])
     text = Tokenizer.from_file(str(folder / "tokenizer.json")).decode(run.texts()[0])
     assert run.rows[0][-1].finish is FinishReason.EOS
@@ -114,7 +114,7 @@ def test_the_grammar_has_precedence_over_other_parameters(folder: Path, request_
         assert len(entries) == len(run.texts()[0])
 
 
-def test_other_constraints_are_enforced_and_broken_ones_end_their_sequence(folder: Path) -> None:
+def test_grammar_kinds_are_enforced_and_broken_ones_end_their_sequence(folder: Path) -> None:
     found = texts(folder, [asked(Choice(("yes", "no"))), asked(Regex("[0-9]{3}-[a-z]{2}"))])
     assert found[0][0] in ("yes", "no")
     assert found[1][0][3] == "-"

@@ -53,7 +53,7 @@ async def post(server: Server, **body: Any) -> tuple[int, Any]:
         return response.status, await response.json()
 
 
-async def test_the_official_client_gets_a_vector_for_each_input(server: Server) -> None:
+async def test_embeddings_give_the_official_client_a_vector_for_each_input(server: Server) -> None:
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         answer = await client.embeddings.create(model="m1", input=["The dog", "The quick brown fox"])
     assert [entry.index for entry in answer.data] == [0, 1]
@@ -66,7 +66,7 @@ async def test_the_official_client_gets_a_vector_for_each_input(server: Server) 
 
 
 @pytest.mark.parametrize("given", [[5, 6, 7], [[5, 6, 7]]])
-async def test_both_encodings_are_the_same_vector(server: Server, given: Any) -> None:
+async def test_embeddings_are_equal_in_both_encodings(server: Server, given: Any) -> None:
     status, floats = await post(server, model="m1", input=given, dimensions=2)
     assert status == 200
     np.testing.assert_allclose(floats["data"][0]["embedding"], [0.6, 0.8], rtol=1e-6)
@@ -116,20 +116,20 @@ async def test_wrong_requests_are_refused_by_the_fields_name(
     )
 
 
-async def test_a_prompt_may_fill_the_context(server: Server) -> None:
+async def test_embeddings_of_a_prompt_that_fills_the_context(server: Server) -> None:
     status, answer = await post(server, model="m1", input=[[5] * 40, [6]])
     assert (status, answer["usage"]) == (200, {"prompt_tokens": 41, "total_tokens": 41})
 
 
 @pytest.mark.parametrize(("name", "text"), [("query", "The dog: fox"), ("document", "fox"), (None, "fox")])
-async def test_the_checkpoints_prompt_stands_before_a_text(server: Server, name: str | None, text: str) -> None:
+async def test_embeddings_put_the_checkpoints_prompt_before_a_text(server: Server, name: str | None, text: str) -> None:
     fields = {} if name is None else {"prompt_name": name}
     assert (await post(server, model="m3", input="fox", **fields))[0] == 200
     asked = server.engine.asked[-1].request
     assert (list(asked.prompt), asked.pooling) == (server.model.text.encode(text), Pooling.MEAN)
 
 
-async def test_a_vector_that_the_engine_did_not_finish_is_an_error(server: Server) -> None:
+async def test_embeddings_report_a_vector_that_the_engine_did_not_finish(server: Server) -> None:
     server.engine.finish_with = FinishReason.ABORTED
     assert (await post(server, model="m1", input=["a", "b"]))[0] == 503
 

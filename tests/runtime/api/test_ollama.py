@@ -179,7 +179,7 @@ async def test_format_becomes_a_grammar(
         )
 
 
-async def test_an_empty_request_only_loads(client: ollama.AsyncClient, server: Server) -> None:
+async def test_ollama_loads_a_model_by_an_empty_request(client: ollama.AsyncClient, server: Server) -> None:
     assert (await client.chat(model="m1", messages=[])).done_reason == "load"
     answer = await client.generate(model="m1", prompt="")
     assert (answer.done_reason, answer.response) == ("load", "")
@@ -279,7 +279,7 @@ async def test_errors_of_the_engine(client: ollama.AsyncClient, server: Server) 
     assert caught.value.status_code == 503
 
 
-async def test_a_line_is_json_with_a_time(server: Server) -> None:
+async def test_ollama_line_is_json_with_a_time(server: Server) -> None:
     async with (
         aiohttp.ClientSession() as http,
         http.post(f"{server.url}/api/generate", json={"model": "m1", "prompt": "a"}) as answer,

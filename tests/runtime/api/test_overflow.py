@@ -75,7 +75,7 @@ async def test_overflow_is_recognised_in_responses_and_messages(server: Server) 
         assert litellm_sees_overflow(of_message.value)
 
 
-async def test_other_bad_requests_are_not_overflows(server: Server) -> None:
+async def test_overflow_is_not_reported_for_other_bad_requests(server: Server) -> None:
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         with pytest.raises(openai.BadRequestError) as caught:
             await client.completions.create(model="m1", prompt="the dog", max_tokens=1, temperature=-1)

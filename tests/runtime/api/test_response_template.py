@@ -49,9 +49,7 @@ def say(server: Server, text: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["own", "plain"])
-async def test_the_checkpoints_template_wins_over_the_family(
-    client: openai.AsyncOpenAI, server: Server, model: str
-) -> None:
+async def test_response_template_wins_over_the_family(client: openai.AsyncOpenAI, server: Server, model: str) -> None:
     say(server, CALL)
     answer = await client.chat.completions.create(model=model, messages=HELLO, tools=[LOOSE])
     [choice] = answer.choices
@@ -64,7 +62,7 @@ async def test_the_checkpoints_template_wins_over_the_family(
     assert answer.usage.completion_tokens_details.reasoning_tokens
 
 
-async def test_the_checkpoints_template_streams(client: openai.AsyncOpenAI, server: Server) -> None:
+async def test_response_template_streams(client: openai.AsyncOpenAI, server: Server) -> None:
     say(server, CALL)
     deltas: list[str] = []
     stream = await client.chat.completions.create(model="own", messages=HELLO, tools=[LOOSE], stream=True)
@@ -105,12 +103,16 @@ async def test_required_calls_are_written_and_read_in_one_format(
 
 
 @pytest.mark.parametrize("fields", [{"tools": [WEATHER]}, {"tools": [LOOSE], "response_format": {"type": "json_object"}}])  # fmt: skip
-async def test_what_no_grammar_can_enforce_is_refused(client: openai.AsyncOpenAI, fields: dict[str, Any]) -> None:
+async def test_response_template_refuses_what_no_grammar_can_enforce(
+    client: openai.AsyncOpenAI, fields: dict[str, Any]
+) -> None:
     with pytest.raises(openai.BadRequestError, match="response_template is in no layout"):
         await client.chat.completions.create(model="own", messages=HELLO, **fields)
 
 
-async def test_a_template_of_another_version_leaves_the_family(client: openai.AsyncOpenAI, server: Server) -> None:
+async def test_response_template_of_another_version_leaves_the_family(
+    client: openai.AsyncOpenAI, server: Server
+) -> None:
     say(server, '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>')
     answer = await client.chat.completions.create(model="broken", messages=HELLO, tools=[WEATHER])
     assert answer.choices[0].finish_reason == "tool_calls"

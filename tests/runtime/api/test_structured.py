@@ -115,7 +115,7 @@ async def test_openai_fields_become_a_grammar(
         ("/v1/messages", {**CHAT, "max_tokens": 9, "output_format": {"type": "json_schema", "schema": SCHEMA}}),
     ],
 )  # fmt: skip
-async def test_other_chat_protocols_become_a_grammar(
+async def test_structured_fields_of_other_chat_protocols_become_a_grammar(
     server: Server, reader: GrammarReader, path: str, body: dict[str, Any]
 ) -> None:
     status, answer, _ = await post(server, path, {"model": "m1", **body})
@@ -133,7 +133,7 @@ async def test_other_chat_protocols_become_a_grammar(
         ("/v1/messages", {**CHAT, "max_tokens": 9, "output_config": {"format": {"type": "json"}}}, "output_config.format"),
     ],
 )  # fmt: skip
-async def test_other_chat_protocols_refuse_by_their_own_field(
+async def test_structured_fields_of_other_chat_protocols_are_refused_by_name(
     server: Server, path: str, body: dict[str, Any], param: str
 ) -> None:
     status, answer, _ = await post(server, path, {"model": "m1", **body})
@@ -188,7 +188,7 @@ def test_tgis_text_is_no_constraint_and_one_choice_is_refused() -> None:
         ({"guided_regex": "("}, 400, "guided_regex", "unclosed group"),
     ],
 )  # fmt: skip
-async def test_what_cannot_be_enforced_is_refused(
+async def test_structured_fields_that_cannot_be_enforced_are_refused(
     server: Server, fields: dict[str, Any], status: int, param: str, words: str
 ) -> None:
     found, answer, _ = await post(server, "/v1/chat/completions", {**CHAT, **fields})
@@ -197,7 +197,7 @@ async def test_what_cannot_be_enforced_is_refused(
     assert not server.engine.asked
 
 
-async def test_a_schema_that_is_not_strict_is_followed_with_a_warning(server: Server) -> None:
+async def test_structured_schema_that_is_not_strict_is_followed_with_a_warning(server: Server) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": LOOSE, "strict": False}}
     status, _, warning = await post(server, "/v1/chat/completions", {**CHAT, "response_format": form})
     assert status == 200
@@ -213,7 +213,7 @@ async def test_a_schema_that_is_not_strict_is_followed_with_a_warning(server: Se
         ("<think></think>\n\n", ("", False, False)),
     ],
 )
-async def test_the_grammar_begins_behind_the_reasoning(
+async def test_structured_grammar_begins_behind_the_reasoning(
     server: Server, think: str, expected: tuple[str, bool, bool]
 ) -> None:
     body = {**CHAT, "chat_template_kwargs": {"think": think}, "response_format": {"type": "json_object"}}
@@ -225,9 +225,7 @@ async def test_the_grammar_begins_behind_the_reasoning(
 
 
 @pytest.mark.parametrize("think", ["", "<think>\n", "<think></think>\n\n"])
-async def test_a_budget_of_reasoning_reaches_the_engine_or_is_said_to_have_no_effect(
-    server: Server, think: str
-) -> None:
+async def test_reasoning_budget_reaches_the_engine_or_warns_that_it_has_no_effect(server: Server, think: str) -> None:
     body = {**CHAT, "chat_template_kwargs": {"think": think}, "thinking_token_budget": 64}
     status, _, warning = await post(server, "/v1/chat/completions", body)
     budget = server.engine.asked[-1].request.reasoning_budget
@@ -242,7 +240,7 @@ async def test_a_budget_of_reasoning_reaches_the_engine_or_is_said_to_have_no_ef
     assert "budget" not in warning
 
 
-async def test_a_budget_of_reasoning_below_zero_is_refused(server: Server) -> None:
+async def test_reasoning_budget_below_zero_is_refused(server: Server) -> None:
     status, answer, _ = await post(server, "/v1/chat/completions", {**CHAT, "thinking_token_budget": -1})
     assert (status, answer["error"]["param"]) == (400, "thinking_token_budget")
 
@@ -274,7 +272,7 @@ class City(pydantic.BaseModel):
     population: int | None
 
 
-async def test_the_official_client_parses_into_a_model(server: Server, reader: GrammarReader) -> None:
+async def test_structured_answer_is_parsed_by_the_official_client(server: Server, reader: GrammarReader) -> None:
     server.engine.script = lambda asked: [*server.script('{"name": "Paris", "population": 2}'), 0]
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         answer = await client.chat.completions.parse(model="m1", messages=CHAT["messages"], response_format=City)
@@ -282,14 +280,14 @@ async def test_the_official_client_parses_into_a_model(server: Server, reader: G
     assert not reader.accepts(asked(server), '{"name": "Paris"}')
 
 
-async def test_the_official_client_raises_for_a_document_that_is_cut(server: Server) -> None:
+async def test_structured_answer_that_is_cut_raises_in_the_official_client(server: Server) -> None:
     server.engine.script = lambda asked: server.script('{"name": "Paris", "po')
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         with pytest.raises(openai.LengthFinishReasonError):
             await client.chat.completions.parse(model="m1", messages=CHAT["messages"], response_format=City)
 
 
-async def test_an_error_of_the_engine_about_the_grammar_has_its_status(server: Server) -> None:
+async def test_structured_grammar_error_of_the_engine_has_its_status(server: Server) -> None:
     server.engine.fail_after, server.engine.fail_with = 0, ("INVALID_ARGUMENT", "the grammar cannot be used")
     status, answer, _ = await post(server, "/v1/chat/completions", {**CHAT, "guided_regex": "a", "stream": True})
     assert (status, answer["error"]["message"]) == (400, "model m1: the grammar cannot be used")

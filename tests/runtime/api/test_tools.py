@@ -202,7 +202,7 @@ def allowed(mode: str, *tools: dict[str, Any]) -> dict[str, Any]:
         ({"response_format": {"type": "json_object"}}, ["{}", CALL, TIME_CALL], ["Hello."]),
     ],
 )
-async def test_the_grammar_of_calls_follows_the_choice(
+async def test_tools_grammar_follows_the_choice(
     server: Server, reader: GrammarReader, fields: dict[str, Any], accepted: list[str], rejected: list[str]
 ) -> None:
     body = {
@@ -230,7 +230,7 @@ async def test_calls_that_the_model_chooses_are_free_unless_a_function_is_strict
 
 
 @pytest.mark.parametrize(("choice", "reason"), [("required", "tool_calls"), (NAMED, "stop")])
-async def test_the_finish_reason_of_a_named_function_is_stop(
+async def test_tools_finish_reason_of_a_named_function_is_stop(
     client: openai.AsyncOpenAI, server: Server, choice: Any, reason: str
 ) -> None:
     say(server, CALL)
@@ -243,7 +243,7 @@ async def test_the_finish_reason_of_a_named_function_is_stop(
     assert [found for found in reasons if found] == [reason]
 
 
-async def test_a_strict_function_that_cannot_be_enforced_is_refused(server: Server) -> None:
+async def test_tools_refuse_a_strict_function_that_cannot_be_enforced(server: Server) -> None:
     odd = other(WEATHER, "f", strict=True, parameters={"properties": {"a": {"type": "array", "uniqueItems": True}}})
     body = {"model": "m1", "messages": HELLO, "tools": [WEATHER, odd]}
     async with aiohttp.ClientSession() as http, http.post(f"{server.url}/v1/chat/completions", json=body) as response:
@@ -262,7 +262,7 @@ async def test_a_strict_function_that_cannot_be_enforced_is_refused(server: Serv
         (NAMED, '[{"name": "weather", "parameters": {"city": "Paris"}}]'),
     ],
 )
-async def test_a_family_without_a_format_gets_required_calls_as_json(tmp_path: Path, choice: Any, text: str) -> None:
+async def test_tools_of_a_family_without_a_format_are_called_as_json(tmp_path: Path, choice: Any, text: str) -> None:
     plain = served(tiny.byte_level(tmp_path / "m"), "m2", max_model_len=500)
     async with (
         serve(ScriptedEngine(lambda asked: []), plain) as found,

@@ -103,7 +103,7 @@ def test_parser_keeps_what_is_no_call(output_format: OutputFormat, text: str) ->
 
 @pytest.mark.parametrize("mode", ["stream", "whole"])
 @pytest.mark.parametrize("name", ["hermes", "qwen_xml", "deepseek", "kimi"])
-def test_an_output_that_is_cut_inside_of_the_mark_after_a_call_has_the_call_alone(name: str, mode: str) -> None:
+def test_parser_of_an_output_cut_in_the_mark_after_a_call_gives_the_call_alone(name: str, mode: str) -> None:
     written = OUTPUTS[name]
     last = written.text.rstrip()
     end = {

@@ -58,7 +58,7 @@ def rendered(
     return templates, whole[len(prompt) : len(whole) - len(family.closes + results)]
 
 
-def test_every_family_has_a_template() -> None:
+def test_round_trip_has_a_template_of_every_family() -> None:
     assert set(FAMILIES) == set(LAYOUTS)
 
 

@@ -187,7 +187,7 @@ def test_parser_keeps_what_is_no_call(spec: dict[str, Any], text: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_an_output_that_is_cut_inside_of_the_mark_after_a_call_has_the_call_alone(mode: str) -> None:
+def test_parser_of_an_output_cut_in_the_mark_after_a_call_gives_the_call_alone(mode: str) -> None:
     answer, _, calls = joined(parse(HERMES, MODES[mode], [f"<tool_call>\n{PARIS}\n</tool_c"]))
     assert (answer, [call for _, call, _ in calls]) == ("", ["weather"])
 
@@ -226,5 +226,5 @@ def test_parser_can_leave_reasoning_out_and_allow_one_call() -> None:
 
 
 @pytest.mark.parametrize("spec", [None, {}, "text", {"version": 2, "fields": {}}, {"start_anchor": "a", "fields": {"content": {"open_pattern": "("}}}, {**TAGS, "fields": {"x": {"content": "no-such-parser"}}}])  # fmt: skip
-def test_a_template_that_cannot_be_read_is_not_used(spec: Any) -> None:
+def test_template_that_cannot_be_read_is_not_used(spec: Any) -> None:
     assert read_response_template(spec) is None

@@ -53,7 +53,7 @@ def test_counters_add_up_over_a_restart_of_the_engine() -> None:
     assert 'vllm:num_preemptions_total{model_name="m"} 6.0' in metrics.render().decode()
 
 
-def test_a_sequence_is_observed_from_start_to_end() -> None:
+def test_metrics_observe_a_sequence_from_start_to_end() -> None:
     metrics = RuntimeMetrics()
     observer = metrics.of("m").start(7)
     row = RowTokens(1, (5,), queue_s=0.25)
@@ -71,7 +71,7 @@ def test_a_sequence_is_observed_from_start_to_end() -> None:
     assert 'vllm:request_success_total{finished_reason="abort",model_name="m"} 1.0' in text
 
 
-def test_what_grammars_cost_adds_up_over_a_restart_of_the_engine() -> None:
+def test_metrics_add_up_the_cost_of_grammars_over_a_restart() -> None:
     metrics = RuntimeMetrics()
     for masks, grammars in ((10, 1), (30, 2), (5, 1)):
         figures = GrammarFigures(grammars_total=grammars, masks_total=masks, mask_seconds_total=masks / 8)
@@ -92,7 +92,7 @@ def test_guided_sequences_calls_and_reasoning_are_counted() -> None:
     assert 'repertory_reasoning_tokens_total{model_name="m"} 7.0' in text
 
 
-def test_an_unloaded_models_series_go() -> None:
+def test_metrics_drop_the_series_of_an_unloaded_model() -> None:
     metrics = RuntimeMetrics()
     metrics.of("a").start(1).end(FinishReason.EOS)
     metrics.update(stats(model_stats()), {"id1": "b"})

@@ -102,13 +102,13 @@ def read(
     return "".join(part.text for part in parts if isinstance(part, Text)), [p for p in parts if isinstance(p, ToolCall)]
 
 
-def test_every_family_has_a_layout() -> None:
+def test_call_grammar_has_a_layout_of_every_family() -> None:
     assert set(LAYOUTS) | {"generic"} == set(WITH_CALLS) == set(WRITTEN)
 
 
 @pytest.mark.parametrize("name", WITH_CALLS)
 @pytest.mark.parametrize("marked", [False, True])
-def test_the_familys_own_text_is_accepted_and_read(readers: dict[bool, GrammarReader], name: str, marked: bool) -> None:
+def test_call_grammar_accepts_the_familys_own_text(readers: dict[bool, GrammarReader], name: str, marked: bool) -> None:
     output_format, reader = WITH_CALLS[name], readers[marked]
     several = grammar(ChatGrammar(Calls.REQUIRED, FUNCTIONS), output_format, reader)
     assert reader.accepts(several, WRITTEN[name])
@@ -123,7 +123,7 @@ def test_the_familys_own_text_is_accepted_and_read(readers: dict[bool, GrammarRe
 
 
 @pytest.mark.parametrize("name", [name for name in WITH_CALLS if layout_of(WITH_CALLS[name]).several])
-def test_without_parallel_calls_there_is_one(readers: dict[bool, GrammarReader], name: str) -> None:
+def test_call_grammar_without_parallel_calls_allows_one(readers: dict[bool, GrammarReader], name: str) -> None:
     output_format, reader = WITH_CALLS[name], readers[True]
     one = grammar(ChatGrammar(Calls.REQUIRED, FUNCTIONS, several=False), output_format, reader)
     assert not reader.accepts(one, WRITTEN[name])
@@ -134,7 +134,7 @@ def test_without_parallel_calls_there_is_one(readers: dict[bool, GrammarReader],
 
 
 @pytest.mark.parametrize("name", WITH_CALLS)
-def test_every_text_that_is_drawn_is_read_as_valid_calls(readers: dict[bool, GrammarReader], name: str) -> None:
+def test_call_grammar_draws_texts_that_are_read_as_valid_calls(readers: dict[bool, GrammarReader], name: str) -> None:
     output_format, reader = WITH_CALLS[name], readers[True]
     made = grammar(ChatGrammar(Calls.REQUIRED, FUNCTIONS), output_format, reader)
     finished = 0
@@ -169,7 +169,7 @@ def test_strict_functions_leave_text_free_and_calls_valid(
 
 
 @pytest.mark.parametrize("name", [name for name in WITH_CALLS if name not in ("llama_json", "generic")])
-def test_an_answer_is_a_call_or_matches_the_schema(readers: dict[bool, GrammarReader], name: str) -> None:
+def test_call_grammar_answer_is_a_call_or_matches_the_schema(readers: dict[bool, GrammarReader], name: str) -> None:
     output_format, reader = WITH_CALLS[name], readers[True]
     wanted = Wanted(JsonSchema({"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}), "f")
     made = grammar(ChatGrammar(Calls.ALLOWED, FUNCTIONS, wanted=wanted), output_format, reader)
@@ -179,7 +179,7 @@ def test_an_answer_is_a_call_or_matches_the_schema(readers: dict[bool, GrammarRe
     assert not reader.accepts(made, f"{opening}It rains.")
 
 
-def test_a_schema_beside_calls_without_a_mark_is_refused() -> None:
+def test_call_grammar_refuses_a_schema_beside_calls_without_a_mark() -> None:
     wanted = Wanted(JsonSchema({"type": "object"}), "response_format")
     with pytest.raises(InvalidRequest, match="response_format and tools cannot be combined"):
         chat_grammar(
@@ -207,7 +207,9 @@ def test_harmony_may_reason_first(readers: dict[bool, GrammarReader]) -> None:
         ("llama_python", {"items": {"maxLength": 3}}, 'tools[0].properties.a.items: the keyword "maxLength"'),
     ],
 )
-def test_a_strict_function_that_cannot_be_enforced_is_refused(name: str, schema: dict[str, Any], path: str) -> None:
+def test_call_grammar_refuses_a_strict_function_that_cannot_be_enforced(
+    name: str, schema: dict[str, Any], path: str
+) -> None:
     parameters = {"type": "object", "properties": {"a": schema}}
     chat = ChatGrammar(Calls.REQUIRED, (Function("f", parameters, True, "tools[0]"),))
     with pytest.raises(InvalidRequest) as caught:

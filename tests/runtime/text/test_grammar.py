@@ -83,14 +83,14 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("schema", "good", "bad"), [row[1:] for row in ENFORCED], ids=[row[0] for row in ENFORCED])
-def test_a_keyword_is_enforced(reader: GrammarReader, schema: dict[str, Any], good: Any, bad: Any) -> None:
+def test_grammar_enforces_a_keyword(reader: GrammarReader, schema: dict[str, Any], good: Any, bad: Any) -> None:
     made = grammar(JsonSchema(schema))
     assert reader.accepts(made, json.dumps(good))
     assert not reader.accepts(made, json.dumps(bad))
 
 
 @pytest.mark.parametrize(("text", "schema", "path"), REFUSED, ids=[row[0] for row in REFUSED])
-def test_what_cannot_be_enforced_is_refused_with_its_path(text: str, schema: dict[str, Any], path: str) -> None:
+def test_grammar_refuses_what_it_cannot_enforce_with_its_path(text: str, schema: dict[str, Any], path: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         grammar(JsonSchema(schema))
     assert caught.value.param == "field"
@@ -99,7 +99,7 @@ def test_what_cannot_be_enforced_is_refused_with_its_path(text: str, schema: dic
 
 
 @pytest.mark.parametrize("name", ["uniqueItems", "not", "propertyNames", "if", "Unknown format", "oneOf"])
-def test_a_lenient_schema_is_followed_with_a_note(reader: GrammarReader, name: str) -> None:
+def test_grammar_follows_a_lenient_schema_with_a_note(reader: GrammarReader, name: str) -> None:
     schema = next(schema for text, schema, _ in REFUSED if text == name)
     text, [note] = answer_grammar(Wanted(JsonSchema(schema, lenient=True), "field"))
     assert note.startswith("field is not enforced in full: ")
@@ -122,7 +122,7 @@ def test_a_lenient_schema_is_followed_with_a_note(reader: GrammarReader, name: s
         (GrammarText('start: "a" B\nB: /[0-9]+/'), ["a12"], ["a", "12"]),
     ],
 )
-def test_each_kind_of_constraint_is_enforced(
+def test_grammar_enforces_each_kind_of_constraint(
     reader: GrammarReader, constraint: Constraint, good: list[str], bad: list[str]
 ) -> None:
     made = grammar(constraint)
@@ -130,7 +130,7 @@ def test_each_kind_of_constraint_is_enforced(
     assert [reader.accepts(made, text) for text in bad] == [False] * len(bad)
 
 
-def test_an_answer_behind_reasoning_may_begin_with_line_ends(reader: GrammarReader) -> None:
+def test_grammar_behind_reasoning_may_begin_with_line_ends(reader: GrammarReader) -> None:
     made = Grammar(
         chat_grammar(ChatGrammar(wanted=Wanted(Choice(("yes",)), "field")), None, {}, after_reasoning=True)[0]
     )
@@ -153,13 +153,13 @@ def test_an_answer_behind_reasoning_may_begin_with_line_ends(reader: GrammarRead
         (Choice(("x" * MAX_BYTES,)), f"the limit is {MAX_BYTES}"),
     ],
 )
-def test_a_wrong_constraint_is_refused_by_the_fields_name(constraint: Constraint, text: str) -> None:
+def test_grammar_refuses_a_wrong_constraint_by_the_fields_name(constraint: Constraint, text: str) -> None:
     with pytest.raises(InvalidRequest, match=re.escape(text)) as caught:
         grammar(constraint)
     assert (caught.value.param, "field" in caught.value.detail) == ("field", True)
 
 
-def test_a_deeply_nested_schema_is_refused() -> None:
+def test_grammar_refuses_a_deeply_nested_schema() -> None:
     schema: dict[str, Any] = {"type": "string"}
     for _ in range(300):
         schema = member(**schema)
@@ -224,7 +224,7 @@ def _nested(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[
 
 @settings(max_examples=150, deadline=None)
 @given(st.recursive(_scalars, _nested, max_leaves=6), st.integers(0, 2**32))
-def test_every_finished_document_is_valid(reader: GrammarReader, schema: dict[str, Any], seed: int) -> None:
+def test_grammar_finishes_valid_documents(reader: GrammarReader, schema: dict[str, Any], seed: int) -> None:
     try:
         made = grammar(JsonSchema(schema))
     except InvalidRequest:

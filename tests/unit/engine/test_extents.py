@@ -43,7 +43,7 @@ def test_extents_do_not_overlap_and_count_their_slabs(actions: list[tuple[bool, 
         assert extents.num_slabs == len(touched)
 
 
-def test_an_extent_goes_where_it_needs_the_fewest_slabs() -> None:
+def test_extent_is_placed_where_it_needs_the_fewest_slabs() -> None:
     extents = ExtentMap(SLAB, 8)
     for size in (SLAB // 2, SLAB):
         placement = extents.find(size)
@@ -55,7 +55,7 @@ def test_an_extent_goes_where_it_needs_the_fewest_slabs() -> None:
     assert extents.find(9 * SLAB) is None
 
 
-def test_a_placement_that_is_no_longer_free_is_refused() -> None:
+def test_extent_placement_that_is_no_longer_free_is_refused() -> None:
     extents = ExtentMap(SLAB, 2)
     placement = extents.find(100)
     assert placement is not None

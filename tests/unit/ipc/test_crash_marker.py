@@ -5,7 +5,7 @@ from pathlib import Path
 from runtime.ipc.crash_marker import CrashMarker
 
 
-def test_each_death_is_read_and_wiped(tmp_path: Path) -> None:
+def test_crash_marker_reads_and_wipes_each_crash(tmp_path: Path) -> None:
     """Or a start that fails before anything ran would be put down to the model of the death before it, and quarantine that."""
     front = CrashMarker(tmp_path / "crash-marker")
     for model_id in ("a", "b", "b"):

@@ -36,7 +36,7 @@ def resident(stage: Stage) -> set[str]:
     return {figures.model_id for figures in stage.stats().models if figures.device_bytes and figures.model_id != "base"}
 
 
-def test_one_batch_mixes_adapters_and_rows_without() -> None:
+def test_adapters_and_rows_without_share_a_batch() -> None:
     stage = stage_of()
     answers = [stage.add(name, PROMPT[:n]) for n, name in enumerate(("base", "a0", "a1", "a2", "a0", "base"), 1)]
     before = stage.backend.steps
@@ -75,7 +75,7 @@ def test_steps_without_adapters_are_planned_as_if_there_were_none() -> None:
     stage.close()
 
 
-def test_an_adapters_longer_steps_are_charged_to_its_base() -> None:
+def test_adapter_steps_are_charged_to_the_base() -> None:
     """Two bases with as many requests share the device by its time, although the steps of one take twice as long for its adapters."""
     spec = FakeSpec(kv=KV, max_model_len=1000, eos=())
     backend = FakeBackend({"base": spec, "other": spec}, total_slabs=128)
@@ -107,7 +107,7 @@ def test_prefixes_are_shared_within_an_adapter_only() -> None:
     stage.close()
 
 
-def test_an_adapter_with_new_files_never_meets_old_kv() -> None:
+def test_adapter_with_new_files_never_meets_old_kv() -> None:
     stage = stage_of(1)
     stage.add("a0", PROMPT)
     stage.until_quiet()
@@ -125,7 +125,7 @@ def test_an_adapter_with_new_files_never_meets_old_kv() -> None:
     stage.close()
 
 
-def test_an_adapter_that_returns_with_equal_files_finds_its_prefixes() -> None:
+def test_adapter_that_returns_with_equal_files_finds_its_prefixes() -> None:
     stage = stage_of(1)
     stage.add("a0", PROMPT)
     stage.until_quiet()
@@ -138,7 +138,7 @@ def test_an_adapter_that_returns_with_equal_files_finds_its_prefixes() -> None:
     stage.close()
 
 
-def test_more_adapters_than_slots_take_turns() -> None:
+def test_adapters_beyond_the_slots_take_turns() -> None:
     stage = stage_of(7, slots=2)
     for _ in range(3):
         for name in stage.backend.adapters:
@@ -149,7 +149,7 @@ def test_more_adapters_than_slots_take_turns() -> None:
     stage.close()
 
 
-def test_the_least_recently_used_adapter_leaves() -> None:
+def test_adapter_least_recently_used_is_evicted() -> None:
     stage = stage_of(3, slots=2)
     for name in ("a0", "a1", "a0", "a2"):
         stage.add(name, PROMPT)
@@ -158,7 +158,7 @@ def test_the_least_recently_used_adapter_leaves() -> None:
     stage.close()
 
 
-def test_an_adapter_in_use_stays_and_the_others_wait() -> None:
+def test_adapter_in_use_stays_and_the_others_wait() -> None:
     stage = stage_of(2, slots=1)
     long = stage.add("a0", PROMPT, 150)
     stage.turn(20)
@@ -233,7 +233,7 @@ def test_slabs_of_adapters_are_counted_to_the_byte() -> None:
     stage.close()
 
 
-def test_an_adapter_without_its_base_is_refused() -> None:
+def test_adapter_without_its_base_is_refused() -> None:
     backend = FakeBackend({"base": FakeSpec(kv=KV)})
     backend.adapters["a0"] = FakeAdapterSpec("base", "x")
     stage = Stage(backend)
@@ -245,7 +245,7 @@ def test_an_adapter_without_its_base_is_refused() -> None:
     stage.close()
 
 
-def test_an_adapter_that_could_never_fit_is_refused() -> None:
+def test_adapter_that_could_never_fit_is_refused() -> None:
     backend = FakeBackend({"base": FakeSpec(kv=KV)}, total_slabs=18)
     backend.adapters["a0"] = FakeAdapterSpec("base", "x", 13 * backend.slab_bytes)
     stage = Stage(backend)
@@ -289,7 +289,7 @@ def test_unloading_an_adapter_ends_its_own_requests_only() -> None:
     stage.close()
 
 
-def test_an_adapter_whose_copy_fails_is_unloaded_and_its_requests_end() -> None:
+def test_adapter_whose_copy_fails_is_unloaded_and_its_requests_end() -> None:
     stage = stage_of(1)
     stage.backend.adapters["lost"] = FakeAdapterSpec("base", "lost", swap_fails=True)
     stage.load_adapter("lost")

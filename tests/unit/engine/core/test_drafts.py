@@ -41,7 +41,7 @@ def test_drafts_save_steps_and_keep_the_text() -> None:
     assert steps == {"plain": 31, "drafts": 11}  # of three tokens each, but the last
 
 
-def test_a_stop_among_drafts_ends_the_text_there() -> None:
+def test_drafts_end_at_a_stop_among_them() -> None:
     made = Stage(FakeBackend({"a": FakeSpec(vocab=12, eos=(0,))}), drafter=FakeDrafter(["a"], 12))
     made.load("a")
     made.until_quiet()

@@ -78,7 +78,7 @@ def test_masks_hold_when_the_model_is_evicted_and_returns() -> None:
     made.close()
 
 
-def test_a_finished_grammar_ends_its_sequence_below_min_tokens_and_without_eos() -> None:
+def test_masked_row_ends_with_its_grammar_below_min_tokens_and_without_eos() -> None:
     made = stage("a", vocab=40, eos=(0,))
     answer = made.add("a", [5], 30, grammar="half/2", min_tokens=2)
     early = made.add("a", [5], 30, grammar="half/1", min_tokens=6)
@@ -98,7 +98,7 @@ def test_a_finished_grammar_ends_its_sequence_below_min_tokens_and_without_eos()
         ("empty/3", "its grammar allows no token after 3 output tokens"),
     ],
 )
-def test_a_grammar_that_breaks_ends_its_own_sequence_alone(grammar: str, text: str) -> None:
+def test_masked_row_with_a_broken_grammar_ends_alone(grammar: str, text: str) -> None:
     made = stage("a")
     broken = made.add("a", [5], 12, ignore_eos=True, grammar=grammar)
     others = [made.add("a", [6], 12, ignore_eos=True), made.add("a", [7], 12, ignore_eos=True, grammar="half")]
@@ -112,7 +112,7 @@ def test_a_grammar_that_breaks_ends_its_own_sequence_alone(grammar: str, text: s
     made.close()
 
 
-def test_a_grammar_is_refused_with_its_own_error() -> None:
+def test_masked_row_is_refused_with_the_grammars_error() -> None:
     made = stage("a")
     answer = made.add("a", [5], 12, grammar="refused")
     made.until_quiet()
@@ -121,7 +121,7 @@ def test_a_grammar_is_refused_with_its_own_error() -> None:
     made.close()
 
 
-def test_an_engine_without_mask_sources_refuses_grammars() -> None:
+def test_masked_row_is_refused_without_mask_sources() -> None:
     made = Stage(FakeBackend({"a": FakeSpec()}), mask_sources=False)
     made.load("a")
     made.until_quiet()
@@ -198,7 +198,7 @@ def test_forced_tokens_leave_a_large_batch_as_it_is(rows: int, chunks: bool) -> 
     made.close()
 
 
-def test_a_request_whose_grammar_is_being_made_can_be_aborted_and_delays_no_other() -> None:
+def test_masked_row_whose_grammar_is_being_made_can_be_aborted() -> None:
     made = Stage(FakeBackend({"a": FakeSpec()}), grammar_polls=40)
     made.load("a")
     made.turn(20)
@@ -214,7 +214,7 @@ def test_a_request_whose_grammar_is_being_made_can_be_aborted_and_delays_no_othe
     made.close()
 
 
-def test_an_unload_ends_the_requests_whose_grammar_is_being_made() -> None:
+def test_unload_ends_requests_whose_grammar_is_being_made() -> None:
     made = Stage(FakeBackend({"a": FakeSpec()}), grammar_polls=40)
     made.load("a")
     made.turn(20)

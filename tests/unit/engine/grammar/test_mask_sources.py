@@ -70,7 +70,7 @@ def open_run(
 
 @pytest.mark.parametrize("vocab_size", [390, 396, 500])
 @pytest.mark.parametrize("eos", [(EOS,), (EOS, 2), ()])
-def test_every_draw_leads_to_a_text_of_the_grammar(folder: Path, vocab_size: int, eos: tuple[int, ...]) -> None:
+def test_mask_source_draws_texts_of_the_grammar(folder: Path, vocab_size: int, eos: tuple[int, ...]) -> None:
     sources = GrammarMaskSources()
     texts = {
         open_run(folder, COLOURS, sources, vocab_size=vocab_size, eos=eos).finish(random.Random(seed))
@@ -79,7 +79,7 @@ def test_every_draw_leads_to_a_text_of_the_grammar(folder: Path, vocab_size: int
     assert texts == {"{red}", "{blue}"}
 
 
-def test_a_sequence_is_finished_when_nothing_may_follow(folder: Path) -> None:
+def test_mask_source_finishes_a_sequence_when_nothing_may_follow(folder: Path) -> None:
     sources = GrammarMaskSources()
     colours, digits = open_run(folder, COLOURS, sources), open_run(folder, DIGITS, sources)
     colours.finish(random.Random(1))
@@ -91,7 +91,7 @@ def test_a_sequence_is_finished_when_nothing_may_follow(folder: Path) -> None:
     assert digits.source.finished
 
 
-def test_the_only_continuation_is_forced(folder: Path) -> None:
+def test_mask_source_forces_the_only_continuation(folder: Path) -> None:
     run = open_run(folder, COLOURS, GrammarMaskSources())
     run.take(*run.tokenizer.encode("{r").ids)
     assert run.tokenizer.decode(run.source.forced()) == "ed}"
@@ -137,7 +137,7 @@ def test_reasoning_may_end_in_pieces_and_inside_a_token(folder: Path) -> None:
     assert len(run.mask()) == 10
 
 
-def test_the_first_token_may_open_the_reasoning(folder: Path) -> None:
+def test_mask_source_lets_the_first_token_open_the_reasoning(folder: Path) -> None:
     path, ids = marked(folder)
     grammar = msgspec.structs.replace(COLOURS, reasoning_close="</think>", reasoning_open_id=ids["<think>"])
     sources = GrammarMaskSources()
@@ -157,7 +157,7 @@ def test_the_first_token_may_open_the_reasoning(folder: Path) -> None:
         ({"json_schema": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}}, "no text matches it"),
     ],
 )
-def test_a_grammar_that_does_not_suit_the_tokenizer_is_refused(
+def test_mask_source_refuses_a_grammar_that_does_not_suit_the_tokenizer(
     folder: Path, body: dict[str, object], error: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=error) as caught:
@@ -165,7 +165,7 @@ def test_a_grammar_that_does_not_suit_the_tokenizer_is_refused(
     assert "\n" not in caught.value.detail
 
 
-def test_a_token_that_the_grammar_does_not_allow_fails_at_the_next_mask(folder: Path) -> None:
+def test_mask_source_fails_at_the_mask_after_a_forbidden_token(folder: Path) -> None:
     run = open_run(folder, COLOURS, GrammarMaskSources())
     run.take(*run.tokenizer.encode("zz").ids)
     assert not run.source.forced()
@@ -173,17 +173,17 @@ def test_a_token_that_the_grammar_does_not_allow_fails_at_the_next_mask(folder: 
         run.mask()
 
 
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_mask_source_refuses_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"no readable tokenizer\.json"):
         open_run(tmp_path, COLOURS, GrammarMaskSources())
 
 
-def test_a_kind_of_tokenizer_that_has_no_bytes_is_refused(tmp_path: Path) -> None:
+def test_mask_source_refuses_a_tokenizer_without_bytes(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="cannot be used with a grammar"):
         open_run(tiny.word_pieces(tmp_path), COLOURS, GrammarMaskSources(), vocab_size=9)
 
 
-def test_what_is_built_is_counted(folder: Path) -> None:
+def test_mask_source_counts_what_it_builds(folder: Path) -> None:
     sources = GrammarMaskSources()
     for grammar in (COLOURS, DIGITS, COLOURS):
         open_run(folder, grammar, sources)

@@ -95,7 +95,7 @@ def test_blocks_are_never_shared_unasked_and_all_come_back(
     assert not mapper.slab_at
 
 
-def test_the_densest_slab_is_filled_first() -> None:
+def test_blocks_fill_the_densest_slab_first() -> None:
     cache, _, _ = make(3, per_slab=4)
     pages = [cache.take() for _ in range(12)]
     per_slab = cache.blocks.geometry.pages_per_slab
@@ -109,7 +109,7 @@ def test_the_densest_slab_is_filled_first() -> None:
     assert cache.blocks.free_blocks == 2
 
 
-def test_what_was_read_last_is_dropped_last() -> None:
+def test_blocks_read_last_are_dropped_last() -> None:
     cache, _, _ = make(1, per_slab=4)
     pages = [cache.take() for _ in range(4)]
     digests = [bytes([i]) for i in range(4)]

@@ -129,7 +129,7 @@ def memories() -> Memories:
     return Memories(slabs=6, chunks=2)
 
 
-def test_a_block_is_copied_out_once(memories: Memories) -> None:
+def test_host_blocks_copy_a_block_out_once(memories: Memories) -> None:
     for number in range(3):
         assert memories.compute("a", bytes([number]), 1.0)
     memories.evict("a")
@@ -150,7 +150,7 @@ def test_neighbours_stay_neighbours(memories: Memories) -> None:
     assert save.blocks == ((0, 0), (5, 5), (10, 10))
 
 
-def test_the_beginning_of_a_prefix_outlives_its_end() -> None:
+def test_host_blocks_keep_the_beginning_of_a_prefix_longest() -> None:
     """Three blocks find room for eight: of a sequence that leaves, those are kept that more prefixes begin with."""
     memories = Memories(slabs=6, chunks=1)
     cache, host = memories.caches["a"], memories.hosts["a"]
@@ -168,7 +168,7 @@ def test_the_beginning_of_a_prefix_outlives_its_end() -> None:
     memories.apply()
 
 
-def test_the_model_that_was_read_longest_ago_gives_way() -> None:
+def test_host_blocks_evict_the_model_that_was_read_longest_ago() -> None:
     memories = Memories(slabs=6, chunks=1)
     memories.compute("a", b"a", 1.0)
     memories.evict("a")
@@ -182,7 +182,7 @@ def test_the_model_that_was_read_longest_ago_gives_way() -> None:
     assert memories.hosts["b"].holds(b"b")
 
 
-def test_nothing_is_saved_without_host_memory() -> None:
+def test_host_blocks_save_nothing_without_host_memory() -> None:
     memories = Memories(slabs=6, chunks=2)
     memories.has_room = False
     memories.compute("a", b"a", 1.0)

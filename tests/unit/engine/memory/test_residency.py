@@ -50,11 +50,11 @@ def test_least_recently_used_goes_first_among_equals() -> None:
     assert choose_victims(holders, 4) == ["old"]
 
 
-def test_a_model_that_is_used_more_stays_although_another_came_last() -> None:
+def test_residency_keeps_a_model_that_is_used_more() -> None:
     assert choose_victims([holder("often", used_s=800, use=9.0), holder("once", used_s=990, use=1.0)], 4) == ["once"]
 
 
-def test_a_slow_return_outweighs_some_uses() -> None:
+def test_residency_weighs_a_slow_return_above_some_uses() -> None:
     from_disk = holder("from disk", used_s=800, cost_s=5.0, use=1.0)
     from_host = holder("from host", used_s=900, cost_s=0.3, use=3.0)
     assert choose_victims([from_disk, from_host], 4) == ["from host"]
@@ -71,7 +71,7 @@ def test_draining_chooses_only_who_may_and_only_if_it_helps(holders: list[Holder
         assert freed >= slabs
 
 
-def test_a_busy_model_keeps_its_stay_and_then_makes_way() -> None:
+def test_residency_evicts_a_busy_model_after_its_stay() -> None:
     busy = holder("busy", running=3, waiting=9, since_s=998.0, cost_s=2.0)
     assert choose_to_drain([busy], 4, 30.0, 2.0, NOW) == []
     assert choose_to_drain([busy], 4, 30.0, 2.0, NOW + 20) == ["busy"]

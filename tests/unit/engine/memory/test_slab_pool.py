@@ -26,7 +26,7 @@ def test_accounts_always_balance(total: int, asks: list[tuple[str, int, bool]]) 
         assert all(pool.lent(name) == len(slabs) for name, slabs in held.items())
 
 
-def test_a_slab_goes_back_only_from_who_has_it() -> None:
+def test_slab_pool_takes_a_slab_back_from_its_owner_only() -> None:
     pool = SlabPool(2)
     slabs = pool.lend("a", 1)
     assert slabs is not None

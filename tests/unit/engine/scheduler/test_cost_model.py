@@ -17,7 +17,7 @@ def learn(model: CostModel, a: float, b: float, c: float, steps: int, seed: int 
 
 
 @given(st.floats(100, 10_000), st.floats(1, 50), st.floats(0, 0.05), st.integers(0, 5))
-def test_it_learns_any_line(a: float, b: float, c: float, seed: int) -> None:
+def test_cost_model_learns_any_line(a: float, b: float, c: float, seed: int) -> None:
     model = CostModel()
     learn(model, a, b, c, 150, seed)
     for tokens, kv in ((1, 0), (256, 100_000), (2000, 50_000)):
@@ -25,14 +25,14 @@ def test_it_learns_any_line(a: float, b: float, c: float, seed: int) -> None:
         assert abs(model.predict_us(tokens, kv) - truth) < 0.1 * truth + 50
 
 
-def test_it_follows_a_change() -> None:
+def test_cost_model_follows_a_change() -> None:
     model = CostModel()
     learn(model, 5000, 20, 0.01, 200)
     learn(model, 1000, 5, 0.01, 300)
     assert abs(model.predict_us(256, 0) - 2280) < 300
 
 
-def test_one_outlier_teaches_little() -> None:
+def test_cost_model_learns_little_from_one_outlier() -> None:
     model = CostModel()
     learn(model, 1000, 10, 0.0, 100)
     model.observe(64, 0, 5e6)
@@ -50,7 +50,7 @@ def test_steps_fit_their_quantum(a: float, b: float, decoding: int) -> None:
         assert a + b * tokens <= 20_000 * 1.15
 
 
-def test_a_thousand_equal_steps_leave_it_sane() -> None:
+def test_cost_model_stays_sane_after_a_thousand_equal_steps() -> None:
     model = CostModel()
     for _ in range(5000):
         model.observe(256, 70_000, 6000)
@@ -60,7 +60,7 @@ def test_a_thousand_equal_steps_leave_it_sane() -> None:
     assert abs(model.predict_us(300, 0) - 4000) < 600
 
 
-def test_on_a_slow_device_one_longer_step_tells_what_a_token_takes() -> None:
+def test_cost_model_learns_a_slow_devices_token_from_one_step() -> None:
     model = CostModel(slowness=100.0)
     for _ in range(60):
         model.observe(1, 10, 4100.0)

@@ -25,7 +25,7 @@ def test_round_robin_shares_are_equal(costs: list[float]) -> None:
 
 
 @given(st.lists(st.floats(1, 5000), min_size=2, max_size=6))
-def test_the_wait_for_a_turn_is_bounded(costs: list[float]) -> None:
+def test_round_robin_bounds_the_wait_for_a_turn(costs: list[float]) -> None:
     quantum_us = 1000.0
     turns = RoundRobin(quantum_us)
     cost_us = {f"m{i}": cost for i, cost in enumerate(costs)}

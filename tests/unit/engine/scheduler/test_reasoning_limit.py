@@ -45,7 +45,7 @@ def test_reasoning_that_ends_in_time_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("grammar", ["half", "often"])
-def test_what_follows_the_reasoning_is_the_grammars(grammar: str) -> None:
+def test_reasoning_limit_leaves_the_grammar_what_follows(grammar: str) -> None:
     inner, alone = (GrammarMasks(grammar, VOCAB, lambda: None) for _ in range(2))
     source = ReasoningLimit(ReasoningBudget(0, CLOSE, OPEN), inner)
     first = allowed(alone)[0]

@@ -92,7 +92,7 @@ def test_decode_rows_come_first_and_chunks_fill_the_budget() -> None:
     assert bench.must_plan().plan.from_device == [True, True]
 
 
-def test_a_row_that_ended_is_dropped_from_the_step_that_was_planned_already() -> None:
+def test_scheduler_drops_an_ended_row_from_the_step_that_was_planned() -> None:
     bench = Bench()
     ends = bench.add([5, 6])
     goes_on = bench.add([8, 9])
@@ -175,7 +175,7 @@ def test_equal_prompts_that_come_at_once_are_computed_once() -> None:
     assert step.plan.starts == [0, 16, 16]
 
 
-def test_a_block_that_a_lone_token_fills_is_found_from_the_next_plan_on() -> None:
+def test_scheduler_finds_a_block_filled_by_a_lone_token_in_the_next_plan() -> None:
     """Where every row of a step has one token, a row reads all but its own before that step's are written."""
     bench = Bench()
     prompt = list(range(10, 18))
@@ -294,7 +294,7 @@ def test_admission_runs_first_sequences_without_max_tokens_together() -> None:
     assert len(bench.must_plan().plan.rows) == 6
 
 
-def test_without_room_the_newest_makes_way_and_all_still_end() -> None:
+def test_scheduler_preempts_the_newest_without_room_and_ends_all() -> None:
     bench = Bench(slabs=4)
     sequences = [bench.add([i + 2] * 6, 30) for i in range(3)]
     for i in range(40):
@@ -308,7 +308,7 @@ def test_without_room_the_newest_makes_way_and_all_still_end() -> None:
     assert all(s.num_output_tokens == 30 for s in sequences)
 
 
-def test_a_broken_step_ends_its_rows_and_forgets_what_others_read_of_it() -> None:
+def test_scheduler_ends_the_rows_of_a_broken_step_and_drops_its_blocks() -> None:
     bench = Bench()
     prompt = list(range(10, 18))
     first = bench.add([*prompt, 1])
@@ -324,7 +324,7 @@ def test_a_broken_step_ends_its_rows_and_forgets_what_others_read_of_it() -> Non
     assert first.state is State.ENDED
 
 
-def test_nothing_drawn_when_nothing_is_asked_but_the_prompts_logprobs() -> None:
+def test_scheduler_draws_nothing_for_the_prompts_logprobs_alone() -> None:
     bench = Bench()
     sequence = bench.add([5] * 10, 0, logprobs=LogprobParams(prompt=0))
     steps = [bench.must_plan(budget=6), bench.must_plan(budget=6)]
@@ -334,7 +334,7 @@ def test_nothing_drawn_when_nothing_is_asked_but_the_prompts_logprobs() -> None:
     assert (row.tokens, row.finish) == ((), FinishReason.LENGTH)
 
 
-def test_a_step_scores_a_bounded_number_of_prompt_tokens() -> None:
+def test_scheduler_bounds_the_prompt_tokens_that_a_step_scores() -> None:
     bench = Bench(slabs=2000, max_model_len=8000)
     scored = bench.add(list(range(2, 1502)), logprobs=LogprobParams(prompt=0))
     plain = bench.add(list(range(3, 1503)))
