@@ -49,8 +49,8 @@ from runtime.models.model_state import ModelView
 from runtime.observability.adapter_metrics import LoadedAdapter
 from runtime.observability.metrics import RuntimeMetrics
 from runtime.puller.cache import Cache
-from runtime.puller.destinations import Destinations
 from runtime.puller.preparer import CheckpointPreparer
+from runtime.puller.sources.destinations import Destinations
 from runtime.text.text_model import load_text
 
 log = logging.getLogger("runtime")

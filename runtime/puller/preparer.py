@@ -33,9 +33,9 @@ from runtime.puller.packed_models import PackedModels, Packer
 from runtime.puller.packer import run_packer
 from runtime.puller.progress import PullJob
 from runtime.puller.pulled_files import PulledFiles
-from runtime.puller.resolve import locate
 from runtime.puller.sizing import compute_dtype, geometry_of, needs_of, unpacking_of
 from runtime.puller.source import Source
+from runtime.puller.sources.resolve import locate
 from runtime.puller.support_probe import SupportProbe
 from runtime.types import ModelSource
 

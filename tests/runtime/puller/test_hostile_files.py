@@ -8,8 +8,8 @@ import pytest
 
 from runtime.errors import LoadFailed
 from runtime.puller.checkpoint_check import Policy, inspect
-from runtime.puller.resolve import locate
 from runtime.puller.safetensors_header import parse_header
+from runtime.puller.sources.resolve import locate
 from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
 from tests.support.sources import OPEN

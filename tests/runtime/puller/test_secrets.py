@@ -8,10 +8,10 @@ import pytest
 
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed
-from runtime.puller.http_client import HttpClient
 from runtime.puller.progress import PullJob
-from runtime.puller.resolve import locate
 from runtime.puller.source import RemoteFile, Source
+from runtime.puller.sources.http_client import HttpClient
+from runtime.puller.sources.resolve import locate
 from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
 from tests.support.sources import ANYWHERE, OPEN
@@ -53,7 +53,7 @@ def source_of(uri: str, config: RuntimeConfig, storage_key: str | None = None, *
 def test_errors_of_unusable_locations_hold_no_secrets(
     uri: str, params: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.puller.http_client._SMALL_TRIES", 1)
+    monkeypatch.setattr("runtime.puller.sources.http_client._SMALL_TRIES", 1)
     with pytest.raises((InvalidRequest, LoadFailed)) as caught:
         source_of(uri, OPEN, **params).listing(job())
     error: BaseException | None = caught.value

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime.errors import InvalidRequest, LoadFailed
-from runtime.puller.destinations import Destinations
+from runtime.puller.sources.destinations import Destinations
 
 _KINDS = {"gs": "gcs", "az": "azure", "https": "http"}
 _BEARER_KINDS = ("gcs", "azure")  # stores whose requests carry a token that anyone who receives it can use

@@ -4,8 +4,8 @@ import base64
 import os
 from collections.abc import Iterator, Mapping
 
-from runtime.puller.object_store import missing_extra
 from runtime.puller.source import RemoteFile
+from runtime.puller.sources.object_store import missing_extra
 
 _PATIENCE_S = 30.0
 _TOKEN_URI = "https://oauth2.googleapis.com/token"

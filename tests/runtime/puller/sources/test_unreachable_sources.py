@@ -9,10 +9,10 @@ import pytest
 from common.model_key import ModelSettings
 from runtime.errors import LoadFailed
 from runtime.puller.cache import Cache
-from runtime.puller.huggingface import HubSource
 from runtime.puller.preparer import CheckpointPreparer
 from runtime.puller.progress import PullJob
 from runtime.puller.source import Unreachable
+from runtime.puller.sources.huggingface import HubSource
 from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
 from tests.support.sources import ANYWHERE, OPEN

@@ -51,10 +51,10 @@ def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.puller.azure._RETRIES", 1)
+    monkeypatch.setattr("runtime.puller.sources.azure._RETRIES", 1)
     monkeypatch.setattr("azure.core.pipeline.transport.HttpTransport.sleep", lambda transport, seconds: None)
     monkeypatch.setattr("google.cloud.storage.retry.DEFAULT_RETRY", DEFAULT_RETRY.with_delay(initial=0.02, maximum=0.1))
-    monkeypatch.setattr("runtime.puller.gcs._PATIENCE_S", 1.5)
+    monkeypatch.setattr("runtime.puller.sources.gcs._PATIENCE_S", 1.5)
     monkeypatch.setattr("runtime.puller.progress.PullJob.wait", lambda job, seconds: job.check())
 
 
@@ -95,7 +95,7 @@ async def test_object_store_loads_from_a_public_bucket(
 async def test_object_store_resumes_an_interrupted_pull(
     kind: str, stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.puller.object_store._CHUNK_BYTES", 20_000)
+    monkeypatch.setattr("runtime.puller.sources.object_store._CHUNK_BYTES", 20_000)
     stores.cuts = 2
     await pull(preparation, place(kind, "models/org/tiny", stores), tmp_path)
     assert stores.cuts == 0
@@ -108,8 +108,8 @@ async def test_object_store_resumes_an_interrupted_pull(
 async def test_object_store_resumes_an_abandoned_pull(
     kind: str, stores: ObjectStores, preparation: CheckpointPreparer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.puller.object_store._CHUNK_BYTES", 20_000)
-    monkeypatch.setattr("runtime.puller.object_store._TRIES", 1)
+    monkeypatch.setattr("runtime.puller.sources.object_store._CHUNK_BYTES", 20_000)
+    monkeypatch.setattr("runtime.puller.sources.object_store._TRIES", 1)
     monkeypatch.setattr("runtime.puller.download._FILES_AT_ONCE", 1)
     source = place(kind, "models/org/tiny", stores)
     reads = 0

@@ -14,12 +14,12 @@ from common.errors import ConfigError
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed
 from runtime.puller.checkpoint_check import Policy, inspect
-from runtime.puller.destinations import Destinations
-from runtime.puller.http_client import HttpClient
 from runtime.puller.progress import PullJob
-from runtime.puller.resolve import locate
 from runtime.puller.safetensors_header import read_header
 from runtime.puller.source import Source
+from runtime.puller.sources.destinations import Destinations
+from runtime.puller.sources.http_client import HttpClient
+from runtime.puller.sources.resolve import locate
 from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
 from tests.support.web import WebServer

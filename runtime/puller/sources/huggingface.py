@@ -5,10 +5,10 @@ import urllib.parse
 from pathlib import Path
 
 from runtime.errors import InvalidRequest, LoadFailed
-from runtime.puller.destinations import Destinations
-from runtime.puller.http_client import AGAIN, HttpClient
 from runtime.puller.progress import PullJob
 from runtime.puller.source import Arrived, Listing, RemoteFile, Unreachable, checked_name, refuse_split, wanted
+from runtime.puller.sources.destinations import Destinations
+from runtime.puller.sources.http_client import AGAIN, HttpClient
 
 
 class HubSource:

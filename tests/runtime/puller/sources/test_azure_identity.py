@@ -8,10 +8,10 @@ import pytest
 
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed
-from runtime.puller.azure import credential_of
 from runtime.puller.progress import PullJob
-from runtime.puller.resolve import locate
 from runtime.puller.source import Source
+from runtime.puller.sources.azure import credential_of
+from runtime.puller.sources.resolve import locate
 from runtime.types import ModelSource
 from tests.support.object_stores import ObjectStores
 from tests.support.sources import OPEN

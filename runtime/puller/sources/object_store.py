@@ -13,7 +13,7 @@ from typing import Protocol
 from runtime.errors import LoadFailed, RepertoryError
 from runtime.puller.progress import PullJob
 from runtime.puller.source import Arrived, Listing, RemoteFile, Unreachable, checked_name, refuse_split, wanted
-from runtime.puller.transfer import Interrupted, commit, size_of, transfer
+from runtime.puller.sources.transfer import Interrupted, commit, size_of, transfer
 
 _CHUNK_BYTES = 8 * 1024 * 1024
 _TRIES = 4

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from runtime.errors import LoadFailed
 from runtime.puller.checkpoint_check import LARGEST_JSON_BYTES, parse_json
-from runtime.puller.http_client import HttpClient
 from runtime.puller.progress import PullJob
 from runtime.puller.source import (
     ADAPTER_CONFIG,
@@ -17,6 +16,7 @@ from runtime.puller.source import (
     checked_name,
     refuse_split,
 )
+from runtime.puller.sources.http_client import HttpClient
 
 _INDEX = "model.safetensors.index.json"
 _BESIDE = (

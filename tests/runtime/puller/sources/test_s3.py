@@ -17,7 +17,7 @@ from common.model_key import ModelSettings
 from runtime.errors import LoadFailed
 from runtime.puller.cache import Cache
 from runtime.puller.preparer import CheckpointPreparer
-from runtime.puller.s3 import S3Bucket, whole_sha256
+from runtime.puller.sources.s3 import S3Bucket, whole_sha256
 from runtime.types import ModelSource
 from tests.support.http_server import HttpServer
 from tests.support.llama_checkpoints import tiny_llama

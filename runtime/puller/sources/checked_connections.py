@@ -6,8 +6,8 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
-from runtime.puller.destinations import Destinations
 from runtime.puller.progress import PullJob
+from runtime.puller.sources.destinations import Destinations
 
 _TIMEOUT_S = 60.0
 _CONNECT_S = 10.0

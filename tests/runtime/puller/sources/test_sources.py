@@ -15,15 +15,15 @@ from runtime.config.schema import RuntimeConfig
 from runtime.errors import Cancelled, InvalidRequest, LoadFailed
 from runtime.models.model_state import Phase, Progress
 from runtime.puller.cache import Cache
-from runtime.puller.http_client import HttpClient
-from runtime.puller.http_source import WebSource
-from runtime.puller.huggingface import HubSource
-from runtime.puller.object_store import BucketSource
 from runtime.puller.preparer import CheckpointPreparer
 from runtime.puller.progress import PullJob
-from runtime.puller.resolve import locate
 from runtime.puller.source import RemoteFile, Source, wanted
-from runtime.puller.storage_config import storage_options
+from runtime.puller.sources.http_client import HttpClient
+from runtime.puller.sources.http_source import WebSource
+from runtime.puller.sources.huggingface import HubSource
+from runtime.puller.sources.object_store import BucketSource
+from runtime.puller.sources.resolve import locate
+from runtime.puller.sources.storage_config import storage_options
 from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
 from tests.support.smollm2 import gguf_path

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import IO
 
 from runtime.errors import LoadFailed
-from runtime.puller.checked_connections import checked_handlers
-from runtime.puller.destinations import Destinations
 from runtime.puller.progress import PullJob
 from runtime.puller.source import Arrived, RemoteFile, Unreachable
-from runtime.puller.transfer import Interrupted, commit, size_of, transfer
+from runtime.puller.sources.checked_connections import checked_handlers
+from runtime.puller.sources.destinations import Destinations
+from runtime.puller.sources.transfer import Interrupted, commit, size_of, transfer
 
 _CHUNK_BYTES = 1024 * 1024
 _TIMEOUT_S = 60.0

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from runtime.puller.object_store import missing_extra
 from runtime.puller.source import RemoteFile
+from runtime.puller.sources.object_store import missing_extra
 
 _CONNECT_S = 10
 _TRIES = 3

@@ -12,17 +12,17 @@ from pathlib import Path
 
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed, RepertoryError
-from runtime.puller.azure import AzureContainer
-from runtime.puller.destinations import Destinations
-from runtime.puller.gcs import GcsBucket
-from runtime.puller.http_client import HttpClient
-from runtime.puller.http_source import WebSource
-from runtime.puller.huggingface import HubSource
-from runtime.puller.local_path import local_path, volume_path
-from runtime.puller.object_store import Bucket, BucketSource
-from runtime.puller.s3 import S3Bucket
 from runtime.puller.source import Source
-from runtime.puller.storage_config import storage_options
+from runtime.puller.sources.azure import AzureContainer
+from runtime.puller.sources.destinations import Destinations
+from runtime.puller.sources.gcs import GcsBucket
+from runtime.puller.sources.http_client import HttpClient
+from runtime.puller.sources.http_source import WebSource
+from runtime.puller.sources.huggingface import HubSource
+from runtime.puller.sources.local_path import local_path, volume_path
+from runtime.puller.sources.object_store import Bucket, BucketSource
+from runtime.puller.sources.s3 import S3Bucket
+from runtime.puller.sources.storage_config import storage_options
 from runtime.types import ModelSource
 
 SCHEMES = ("hf", "s3", "gs", "az", "http", "https", "pvc", "file")

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from runtime.errors import InvalidRequest
-from runtime.puller.object_store import missing_extra
 from runtime.puller.source import RemoteFile
+from runtime.puller.sources.object_store import missing_extra
 
 _CONNECT_S = 10
 _RETRIES = 2  # the library's own; the reader tries again as well
