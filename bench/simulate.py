@@ -1,8 +1,8 @@
-"""Simulates a large mesh under two policies: `python -m bench.simulate [--pods 1000] [--models 1000000] [--seconds 60] [--plot FILE.svg]`.
+"""Simulates a large mesh under two policies: `python -m bench.simulate [--pods 1000] [--models 1000000] [--seconds 60] [--seeds 3]`.
 
 1,000 pods of 20 places, a million models by a power law, loads of 5 s and 2.5 s more to pull the files, a pod that dies and one that joins every 2 s. Repertory runs its own
-`plan`, `plan_eviction`, `choose`, `plan_copies` and records on a virtual clock; ModelMesh follows the rules of its source. `--four-pods` takes the steady
-case of bench.placement instead, on a machine without delays, and adds a policy that knows the popularity of each model.
+`plan`, `plan_eviction`, `choose`, `plan_copies` and records on a virtual clock; ModelMesh follows the rules of its source. `--four-pods` takes both
+cases of bench.placement instead, on a machine without delays, and adds a policy that knows the popularity of each model.
 """
 
 import argparse
@@ -10,8 +10,8 @@ import random
 import statistics
 import time
 from bisect import bisect
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -41,7 +41,8 @@ _FOUR_PODS = Shape(
     is_filled=False,
 )
 _LATE_S = 0.3
-_SEEDS = range(3)
+_SEEDS = range(10)
+_SHUFFLED_S = 20.0
 
 
 def popular(num_models: int, exponent: float, seed: int) -> Iterator[int]:
@@ -52,36 +53,73 @@ def popular(num_models: int, exponent: float, seed: int) -> Iterator[int]:
         yield bisect(totals, rng.random() * totals[-1])
 
 
-def row(name: str, figures: Figures, shape: Shape) -> tuple[str, ...]:
-    total = max(1, figures.requests)
-    waits_s = sorted(figures.waits_s)
-    percentiles = statistics.quantiles(waits_s, n=100)
-    missed = figures.refused + sum(wait_s > shape.slo_s for wait_s in waits_s)
-    return (
-        name,
-        f"{100 * figures.refused / total:.2f} %",
-        f"{100 * figures.hits / total:.2f} %",
-        f"{figures.loads / total:.4f}",
-        f"{figures.moves / max(1, figures.failures):.1f}",
-        f"{100 * missed / total:.2f} %",
-        f"{percentiles[98]:.1f} s",
-        f"{figures.record_bytes / shape.seconds / 1e3:.0f} kB/s",
-    )
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """One figure of the table. `text` formats a value."""
+
+    name: str
+    text: str
+    value: Callable[[Figures, Shape], float]
+
+
+def _missed(figures: Figures, shape: Shape) -> int:
+    return figures.refused + sum(wait_s > shape.slo_s for wait_s in figures.waits_s)
+
+
+_COLUMNS = (
+    _Column("refused", "{:.2f} %", lambda figures, _: 100 * figures.refused / max(1, figures.requests)),
+    _Column("hits", "{:.1f} %", lambda figures, _: 100 * figures.hits / max(1, figures.requests)),
+    _Column("loads per request", "{:.4f}", lambda figures, _: figures.loads / max(1, figures.requests)),
+    _Column("moves per failure", "{:.1f}", lambda figures, _: figures.moves / max(1, figures.failures)),
+    _Column("SLO missed", "{:.2f} %", lambda figures, shape: 100 * _missed(figures, shape) / max(1, figures.requests)),
+    _Column("p99 wait", "{:.1f} s", lambda figures, _: statistics.quantiles(figures.waits_s, n=100)[98]),
+    _Column("records written", "{:.0f} kB/s", lambda figures, shape: figures.record_bytes / shape.seconds / 1e3),
+)
+
+
+def row(name: str, shape: Shape, traces: Sequence[Figures]) -> tuple[str, ...]:
+    """Return the mean of each figure over the traces, and its range if they differ."""
+    cells = [name]
+    for column in _COLUMNS:
+        values = [column.value(figures, shape) for figures in traces]
+        mean, least, most = (column.text.format(value) for value in (statistics.mean(values), min(values), max(values)))
+        cells.append(mean if least == most else f"{mean} ({least.split()[0]} to {most.split()[0]})")
+    return tuple(cells)
+
+
+def shuffled(models: Iterator[int], num_models: int, num_calls: int, seed: int) -> Iterator[int]:
+    """Yield models whose names change places at random after each `num_calls` calls."""
+    rng = random.Random(seed)
+    names = list(range(num_models))
+    for number, model in enumerate(models):
+        if number and not number % num_calls:
+            rng.shuffle(names)
+        yield names[model]
 
 
 def compare_four_pods() -> None:
-    """Print the mean share of requests that waited for a load, and the mean number of loads."""
-    print("policy | refused | waited for a load | loads")
-    for name, policy in {**_POLICIES, "knows each popularity": KnowingPolicy}.items():
-        late, loads, refused = 0.0, 0, 0
-        for seed in _SEEDS:
-            shape = replace(_FOUR_PODS, seed=seed)
-            figures = SimMesh(shape, policy).run(popular(shape.num_models, shape.exponent, seed))
-            late += sum(wait_s >= _LATE_S for wait_s in figures.waits_s) / figures.requests / len(_SEEDS)
-            loads += figures.loads
-            refused += figures.refused
-        share = 100 * refused / len(_SEEDS) / (shape.rate * shape.seconds)
-        print(f"{name} | {share:.1f} % | {100 * late:.1f} % | {loads / len(_SEEDS):.0f}")
+    """Print the share of requests that waited for a load and the number of loads, as means of several traces, for both cases."""
+    print("case | policy | refused | waited for a load | loads")
+    for case, num_calls in (("steady", 0), ("shuffled", round(_SHUFFLED_S * _FOUR_PODS.rate))):
+        policies = {**_POLICIES, "knows each popularity": KnowingPolicy} if case == "steady" else _POLICIES
+        for name, policy in policies.items():
+            print(case, name, *_mean_of_traces(policy, num_calls), sep=" | ")
+
+
+def _mean_of_traces(policy: Callable[[SimMesh], Policy], num_calls: int) -> tuple[str, ...]:
+    """Return the columns of one policy. `num_calls`: as in `shuffled`; 0 for steady popularity."""
+    late, loads, refused = 0.0, 0, 0
+    for seed in _SEEDS:
+        shape = replace(_FOUR_PODS, seed=seed)
+        models = popular(shape.num_models, shape.exponent, seed)
+        figures = SimMesh(shape, policy).run(
+            shuffled(models, shape.num_models, num_calls, seed) if num_calls else models
+        )
+        late += sum(wait_s >= _LATE_S for wait_s in figures.waits_s) / figures.requests / len(_SEEDS)
+        loads += figures.loads
+        refused += figures.refused
+    share = 100 * refused / len(_SEEDS) / (_FOUR_PODS.rate * _FOUR_PODS.seconds)
+    return f"{share:.1f} %", f"{100 * late:.1f} %", f"{loads / len(_SEEDS):.0f}"
 
 
 def main() -> None:
@@ -91,6 +129,7 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=shape.num_models)
     parser.add_argument("--seconds", type=float, default=shape.seconds)
     parser.add_argument("--rate", type=float, default=shape.rate)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--four-pods", action="store_true")
     asked = parser.parse_args()
@@ -98,13 +137,16 @@ def main() -> None:
         compare_four_pods()
         return
     shape = Shape(num_pods=asked.pods, num_models=asked.models, seconds=asked.seconds, rate=asked.rate)
-    print("policy | refused | hits | loads per request | moves per failure | SLO missed | p99 wait | records written")
+    print("policy", *(column.name for column in _COLUMNS), sep=" | ")
     series = []
     for name, policy in _POLICIES.items():
         begun_s = time.monotonic()
-        figures = SimMesh(shape, policy).run(popular(shape.num_models, shape.exponent, shape.seed))
-        print(" | ".join(row(name, figures, shape)), f"({time.monotonic() - begun_s:.0f} s)", flush=True)
-        series.append(Series(name, figures.tail(shape.slo_s)))
+        traces = []
+        for seed in range(asked.seeds):
+            models = popular(shape.num_models, shape.exponent, seed)
+            traces.append(SimMesh(replace(shape, seed=seed), policy).run(models))
+        print(" | ".join(row(name, shape, traces)), f"({time.monotonic() - begun_s:.0f} s)", flush=True)
+        series.append(Series(name, traces[0].tail(shape.slo_s)))
     if asked.plot is not None:
         asked.plot.write_text(line_chart(series, "seconds", "requests that waited longer, %"))
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from common.decayed_uses import DecayedUses
+from mesh.placement.usage import HALF_LIFE_USES
 
 _THREADS = 4
 _RECHECK_S = 0.1
@@ -73,7 +74,7 @@ class SimCopy:
 class SimPod:
     instance_id: str
     copies: dict[int, SimCopy] = field(default_factory=dict)
-    uses: DecayedUses = field(default_factory=DecayedUses)
+    uses: DecayedUses = field(default_factory=lambda: DecayedUses(HALF_LIFE_USES))
     threads_s: list[float] = field(default_factory=lambda: [0.0] * _THREADS)
     requests: int = 0
 

@@ -15,7 +15,7 @@ from common.model_key import CopySettings
 from common.model_state import CopyState
 from mesh.placement.eviction import eviction_order
 from mesh.placement.request_rate import RequestRate
-from mesh.placement.usage import ModelUsage, Usage
+from mesh.placement.usage import HALF_LIFE_USES, ModelUsage, Usage
 from mesh.types import ModelInfo
 
 _PENDING = (CopyState.QUEUED, CopyState.PULLING, CopyState.PACKING, CopyState.LOADING)
@@ -79,7 +79,7 @@ class LocalCopies:
         self._changes = changes
         self._unsettled: set[str] = set()  # models that are being loaded or unloaded
         self.capacity_bytes = 0
-        self.uses = DecayedUses()
+        self.uses = DecayedUses(HALF_LIFE_USES)
 
     def __iter__(self) -> Iterator[LocalCopy]:
         return iter(tuple(self._copies.values()))

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 NEVER_MS = 2**63 - 1
+HALF_LIFE_USES = (
+    500  # of a use: the model that is evicted next has a few uses within it, and a new popularity counts within seconds
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.simulate import popular
+from bench.simulate import popular, row, shuffled
 from bench.simulated_mesh import Figures, Shape, SimMesh
 from bench.simulated_policies import ModelMeshPolicy, RepertoryPolicy
 
@@ -52,3 +52,20 @@ def test_simulated_mesh_loads_less_where_victims_stay_until_the_files_are_there(
     prepared = replace(SMALL, prepare_s=3.0, failure_every_s=1e9)
     read = replace(prepared, prepare_s=0.0, load_s=prepared.load_s + 3.0)
     assert run(prepared, RepertoryPolicy).loads < run(read, RepertoryPolicy).loads
+
+
+@given(st.lists(st.integers(0, 4), max_size=30), st.integers(1, 10))
+def test_simulated_mesh_shuffles_names_only_between_periods(models: list[int], num_calls: int) -> None:
+    names = list(shuffled(iter(models), 5, num_calls, seed=1))
+    assert names[:num_calls] == models[:num_calls]
+    for start in range(0, len(models), num_calls):
+        pairs = set(zip(models[start : start + num_calls], names[start : start + num_calls], strict=True))
+        assert len(pairs) == len({model for model, _ in pairs}) == len({name for _, name in pairs})
+
+
+def test_simulated_mesh_prints_the_mean_and_the_range_of_traces() -> None:
+    traces = [Figures(requests=10, hits=hits, loads=2, waits_s=[0.0] * 10) for hits in (4, 6)]
+    cells = row("ours", SMALL, traces)
+    assert cells[0] == "ours"
+    assert "50.0 % (40.0 to 60.0)" in cells
+    assert "0.2000" in cells
