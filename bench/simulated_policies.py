@@ -19,6 +19,7 @@ from mesh.routing.copy_selection import Candidate, choose
 _MODEL_BYTES = 8 << 30
 _UNITS = _MODEL_BYTES // 8192
 _THREADS = 4
+_UNLOAD_S = 0.02
 _KEY_BYTES = len("/mm/repertory/registry/") + 24
 
 
@@ -66,7 +67,7 @@ class RepertoryPolicy:
         return None
 
     def room_at_s(self, planned_s: float, begin_s: float, prepare_s: float) -> float:
-        return begin_s + seconds_until_room(prepare_s, 0.0, False)
+        return begin_s + seconds_until_room(prepare_s, 0.0, _UNLOAD_S, is_prepared=False)
 
     def victims(self, copy: SimCopy, now_s: float) -> list[int]:
         eviction = plan_eviction(self._usage(copy.pod, now_s), str(copy.model), 1, spare_busy=False)

@@ -33,6 +33,11 @@ class Admission:
         self._unloads = unloads
         self._busy_s = busy_s
 
+    @property
+    def unload_s(self) -> float:
+        """The mean duration of the unload of an idle model."""
+        return self._unloads.idle_unload_s
+
     def must_evict(self, copy: LocalCopy, size_bytes: int) -> bool:
         """Return whether the model fits only if others are evicted. Raises LoadFailed if it exceeds the capacity."""
         eviction = plan_eviction(self._copies.usage(), copy.model_id, size_bytes)

@@ -12,18 +12,19 @@ from common.changes import Changes
 from mesh.placement.admission import Admission
 from mesh.placement.copies import LocalCopy
 
-_LEAD_S = 0.1  # for the unload of an idle victim
+_UNLOADS = 2.0  # the mean unload is exceeded often, and then the runtime refuses the load
 _LEAD_SHARE = 0.1  # of the expected preparation, because the estimate may be too long
 
 
-def seconds_until_room(expected_s: float, elapsed_s: float, is_prepared: bool) -> float:
-    """Return the seconds until a load needs its memory; 0 if it does now.
+def seconds_until_room(expected_s: float, elapsed_s: float, unload_s: float, *, is_prepared: bool) -> float:
+    """Return the seconds until an eviction for a load should begin; 0 if it should now.
 
-    `expected_s`: how long the runtime is expected to prepare the files; `is_prepared`: it has done that.
+    `expected_s`: how long the runtime is expected to prepare the files; `is_prepared`: it has done that. `unload_s`: the mean duration of the unload
+    of an idle model.
     """
     if is_prepared:
         return 0.0
-    return max(0.0, expected_s - max(_LEAD_S, _LEAD_SHARE * expected_s) - elapsed_s)
+    return max(0.0, expected_s - max(_UNLOADS * unload_s, _LEAD_SHARE * expected_s) - elapsed_s)
 
 
 class DeferredRoom:
@@ -63,7 +64,10 @@ class DeferredRoom:
             while not self._is_wanted:
                 demand.is_present()  # notes that requests wait: if all leave, no model in use is evicted
                 left_s = seconds_until_room(
-                    self._expected_s, time.monotonic() - started_s, self._copy.prepared_s > started_s
+                    self._expected_s,
+                    time.monotonic() - started_s,
+                    self._admission.unload_s,
+                    is_prepared=self._copy.prepared_s > started_s,
                 )
                 if not left_s:
                     break

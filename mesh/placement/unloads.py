@@ -21,6 +21,8 @@ _RECHECK_S = 1.0
 _RETRIES_S = (0.5, 1.0, 2.0, 5.0)
 _RETRY_S = 10.0
 _ATTEMPTS = 90
+_FIRST_IDLE_UNLOAD_S = 0.05  # before any was measured
+_NEW_WEIGHT = 0.2  # of the newest measurement in the mean
 
 
 class LocalUnloads:
@@ -52,6 +54,7 @@ class LocalUnloads:
         self._grace_s = grace_s
         self._is_runtime_ready = is_runtime_ready
         self._withdraw = withdraw
+        self.idle_unload_s = _FIRST_IDLE_UNLOAD_S  # mean duration for a model without requests, from the decision on
         self._hurried: set[str] = set()
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -130,6 +133,7 @@ class LocalUnloads:
             await asyncio.wait(tasks, timeout=5)
 
     async def _unload(self, copy: LocalCopy, is_needed: Callable[[], bool] | None) -> None:
+        begun_s, was_idle = time.monotonic(), not self._copies.in_flight(copy.model_id)
         await log_errors(
             self._record_updates.gone(
                 copy.model_id, last_used_ms=copy.last_used_ms, use=self._copies.uses.of(copy.model_id)
@@ -148,6 +152,8 @@ class LocalUnloads:
             try:
                 await self._runtime.unload(copy.model_id)
                 self._metrics.unloaded(time.monotonic() - started_s)
+                if was_idle:
+                    self.idle_unload_s += _NEW_WEIGHT * (time.monotonic() - begun_s - self.idle_unload_s)
                 break
             except Unavailable as error:
                 if not self._is_runtime_ready():

@@ -19,19 +19,19 @@ from tests.support.waiting import until
 SECONDS = st.floats(0.0, 600.0)
 
 
-@given(SECONDS, SECONDS, SECONDS, st.booleans())
-def test_seconds_until_room_only_shrink_and_end_before_the_expected_end(
-    expected_s: float, elapsed_s: float, later_s: float, is_prepared: bool
+@given(SECONDS, SECONDS, SECONDS, SECONDS, st.booleans())
+def test_seconds_until_room_only_shrink_and_leave_time_for_the_unload(
+    expected_s: float, elapsed_s: float, later_s: float, unload_s: float, is_prepared: bool
 ) -> None:
-    left_s = seconds_until_room(expected_s, elapsed_s, is_prepared)
-    assert 0.0 <= left_s <= max(0.0, expected_s - elapsed_s)
-    assert seconds_until_room(expected_s, elapsed_s + later_s, is_prepared) <= left_s
-    assert seconds_until_room(expected_s, elapsed_s, True) == 0.0
+    left_s = seconds_until_room(expected_s, elapsed_s, unload_s, is_prepared=is_prepared)
+    assert 0.0 <= left_s <= max(0.0, expected_s - unload_s - elapsed_s)
+    assert seconds_until_room(expected_s, elapsed_s + later_s, unload_s, is_prepared=is_prepared) <= left_s
+    assert seconds_until_room(expected_s, elapsed_s, unload_s, is_prepared=True) == 0.0
 
 
 @given(st.floats(1.0, 600.0))
 def test_seconds_until_room_leave_the_victim_most_of_the_preparation(expected_s: float) -> None:
-    assert 0.89 * expected_s <= seconds_until_room(expected_s, 0.0, False) <= 0.91 * expected_s
+    assert 0.89 * expected_s <= seconds_until_room(expected_s, 0.0, 0.01, is_prepared=False) <= 0.91 * expected_s
 
 
 @pytest.fixture
