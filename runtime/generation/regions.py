@@ -1,12 +1,18 @@
 """Divides text that arrives in pieces into the regions of a response template, by the rules of transformers' ResponseParser."""
 
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.text.response_template import Mark, Region, ResponseTemplate
 
-_SEARCH_S = 0.2  # limit of one search of a checkpoint's pattern; a longer search counts as no match
+_LOG = logging.getLogger(__name__)
+
+# CPU time of the event loop that a checkpoint's patterns may take for one sequence. Afterwards they match nothing.
+_SEARCH_S = 0.5
+_SEARCH_S_PER_PIECE = 0.0002
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +52,12 @@ class RegionScanner:
         self._at = 0
         self._current: Region | None = template.rest
         self._is_open = False
+        self._search_s = _SEARCH_S  # what is left of the patterns' time
 
     def feed(self, text: str) -> list[Event]:
         self._text += text
+        if self._search_s > 0:
+            self._search_s += _SEARCH_S_PER_PIECE
         return list(self._advance(ended=False))
 
     def end(self) -> list[Event]:
@@ -116,10 +125,7 @@ class RegionScanner:
         best_key: tuple[int, int, bool, str] | None = None
         held = len(self._text)
         for region, opens, mark in self._watched():
-            try:
-                match = mark.pattern.search(self._text, self._at, partial=not ended, timeout=_SEARCH_S)
-            except TimeoutError:
-                continue
+            match = self._timed(mark, mark.pattern.search, self._text, self._at, partial=not ended)
             if match is None:
                 continue
             if not ended and (match.partial or self._may_change(mark, match)):
@@ -138,6 +144,26 @@ class RegionScanner:
             if mark.is_literal:
                 return False
             # A pattern can look at the end of the text from further away.
-            again = mark.pattern.match(self._text + "\0", match.start())
+            again = self._timed(mark, mark.pattern.match, self._text + "\0", match.start())
             return again is None or again.span() != match.span() or again.groupdict() != match.groupdict()
         return not match.group() or not mark.is_literal or mark.extends
+
+    def _timed(self, mark: Mark, look: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Return the match that `look`, of the mark's pattern, finds, or None once the patterns of this sequence have taken too long."""
+        if self._search_s <= 0:
+            return None
+        began_s = time.thread_time()
+        try:
+            found = look(*arguments, **options, timeout=self._search_s)
+        except TimeoutError:
+            found, self._search_s = None, 0.0
+        else:
+            self._search_s -= time.thread_time() - began_s
+        if self._search_s <= 0:
+            _LOG.warning(
+                "the patterns of the checkpoint's response_template took more than %g s of one answer, whose rest is read "
+                "without them; the last pattern was %.200r",
+                _SEARCH_S,
+                mark.pattern.pattern,
+            )
+        return found

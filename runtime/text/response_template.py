@@ -14,6 +14,8 @@ _LOG = logging.getLogger(__name__)
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _CALLS = "tool_calls"
 _ANSWER = "content"
+_TAGS = "xml-inline"
+_SEARCH_S = 0.2  # the longest search of one pattern in a prompt or in a region's text
 # What a value's text can raise in the library's parsers and transforms.
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError)
 
@@ -69,7 +71,7 @@ class Region:
     @property
     def is_raw_text(self) -> bool:
         """Whether the values of a call's arguments are text, whatever their type."""
-        return self.library.content in ("xml-inline", "kv-lines")
+        return self.library.content in (_TAGS, "kv-lines")
 
     @property
     def transform(self) -> Any:
@@ -90,8 +92,10 @@ class Region:
         from transformers.utils.chat_parsing.content_parsers import process_field
 
         try:
+            if self.library.content == _TAGS:
+                _check_search_time(self.library.content_args, text)
             return process_field(text, self.library, dict(captures))
-        except _MALFORMED as error:
+        except (TimeoutError, *_MALFORMED) as error:
             raise MalformedRegion(str(error)) from error
 
 
@@ -119,19 +123,29 @@ class ResponseTemplate:
         return None
 
     def tail(self, prompt: str) -> str:
-        """Return the part of a rendered prompt that belongs to the answer already."""
-        return str(self.library.truncate_past_last_anchor(prompt))
+        """Return the part of a rendered prompt that belongs to the answer already: what follows the last anchor, or all of it without one."""
+        end = 0
+        try:
+            for found in _search_all(self.library.start_anchor_re, prompt):
+                end = found.end()
+        except TimeoutError:
+            return ""
+        return prompt[end:]
 
     def reads(self, written: str, name: str) -> bool:
         """Whether a text is a call of the function `name`, and nothing else, for this template."""
         from transformers.utils.chat_parsing import parse_response
 
         try:
+            for region in self.regions:
+                for mark in (region.opening, region.closing):
+                    if mark is not None:
+                        _search_all(mark.pattern, written)
             message = parse_response(written, self.library, prefix="")
             calls = message.get(_CALLS)
             call = calls[0] if isinstance(calls, list) and len(calls) == 1 else calls
             return bool(call["function"]["name"] == name) and not message.get(_ANSWER)
-        except _MALFORMED:
+        except (TimeoutError, *_MALFORMED):
             return False
 
 
@@ -149,6 +163,25 @@ def read_response_template(spec: object) -> ResponseTemplate | None:
     regions = tuple(map(_region, library.fields.values()))
     rest = next((region for region in regions if region.opening is None), None)
     return ResponseTemplate(regions, rest, library, json.dumps(spec, ensure_ascii=False))
+
+
+def _search_all(pattern: Any, text: str) -> list[Any]:
+    """Return all matches of a pattern of the module `regex`. Raises TimeoutError."""
+    return list(pattern.finditer(text, timeout=_SEARCH_S))
+
+
+def _check_search_time(arguments: Mapping[str, Any], text: str) -> None:
+    """Search for the tags of a region as the library does, but with a time limit. Raises TimeoutError, or ValueError for a pattern that is none."""
+    import regex  # type: ignore[import-untyped]
+
+    try:
+        pattern = regex.compile(arguments.get("tag_pattern", ""), regex.DOTALL)
+    except regex.error as error:
+        raise ValueError(f"tag_pattern: {error}") from error
+    inner = arguments.get("value_parser")
+    for found in _search_all(pattern, text):
+        if isinstance(inner, dict) and inner.get("name") == _TAGS:
+            _check_search_time(inner.get("args", {}), found.groupdict().get("value") or "")
 
 
 def _region(field: Any) -> Region:

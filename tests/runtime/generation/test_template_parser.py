@@ -1,6 +1,7 @@
 """Checkpoints' own response templates, with transformers' ResponseParser as the oracle of where regions begin and end."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -228,3 +229,66 @@ def test_parser_can_leave_reasoning_out_and_allow_one_call() -> None:
 @pytest.mark.parametrize("spec", [None, {}, "text", {"version": 2, "fields": {}}, {"start_anchor": "a", "fields": {"content": {"open_pattern": "("}}}, {**TAGS, "fields": {"x": {"content": "no-such-parser"}}}])  # fmt: skip
 def test_template_that_cannot_be_read_is_not_used(spec: Any) -> None:
     assert read_response_template(spec) is None
+
+
+SLOW = r"(?:x|xx)+(?=\d)"  # takes a time that is exponential in the number of x
+HOSTILE: dict[str, Any] = {
+    "start_anchor": "assistant",
+    "fields": {
+        "thinking": {"open_pattern": SLOW, "close_pattern": SLOW},
+        "tool_calls": {"open_pattern": SLOW, "close": "@@", "content": "json"},
+        "content": {},
+    },
+}
+
+
+def test_patterns_that_take_for_ever_cost_an_answer_a_bounded_time(caplog: pytest.LogCaptureFixture) -> None:
+    pieces = ["x" * 40, *"x" * 60, " Yes."]
+    began_s = time.thread_time()
+    found = parse(HOSTILE, MODES["stream"], pieces, tail="x" * 40)
+    assert time.thread_time() - began_s < 2.0
+    assert "".join(part.text for part in found if isinstance(part, Text)).endswith("x" * 60 + " Yes.")
+    assert [record.message for record in caplog.records if "response_template took more than 0.5 s" in record.message]
+
+
+def test_patterns_in_a_long_answer_keep_their_time() -> None:
+    """Each piece adds to what the patterns may take, so that a long answer with honest patterns is read to its end."""
+    text, answer, reasoning, calls = WRITTEN["own"]
+    long = "word " * 4000
+    found = parse(OWN, MODES["stream"], [*(f"{word} " for word in long.split()), *text])
+    assert answer in "".join(part.text for part in found if isinstance(part, Text))
+    assert "".join(part.text for part in found if isinstance(part, Reasoning)) == reasoning
+    assert len([part for part in found if isinstance(part, ToolCall)]) >= len(calls)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_tags_that_take_for_ever_are_a_malformed_call(nested: bool) -> None:
+    slow = {"tag_pattern": rf"(?P<key>k)=(?P<value>{SLOW})"}
+    tags = {"tag_pattern": r"(?P<key>k)=(?P<value>.*)", "value_parser": {"name": "xml-inline", "args": slow}}
+    spec: dict[str, Any] = {
+        "start_anchor": "assistant",
+        "fields": {
+            "tool_calls": {
+                "open_pattern": r"<call (?P<name>\w+)>",
+                "close": "</call>",
+                "content": "xml-inline",
+                "content_args": tags if nested else slow,
+                "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+            },
+            "content": {},
+        },
+    }
+    written = f"<call weather>k={'k=' if nested else ''}{'x' * 60}</call>"
+    began_s = time.thread_time()
+    found = parse(spec, MODES["whole"], [written])
+    assert time.thread_time() - began_s < 2.0
+    assert found == [Text(written)]
+
+
+def test_anchor_that_takes_for_ever_leaves_no_tail() -> None:
+    spec = {**OWN, "start_anchor_pattern": SLOW}
+    template = template_of(spec)
+    began_s = time.thread_time()
+    assert template.tail("x" * 60) == ""
+    assert not template_of(HOSTILE).reads("x" * 60, "f")
+    assert time.thread_time() - began_s < 2.0
