@@ -48,7 +48,7 @@ class StepPlan(msgspec.Struct, frozen=True):
         tokens: input ids of all rows that are not `from_device`, end to end in row order; a row's drafts are its last ones.
         new_blocks: (row, index in the row's page table, page id), before the step runs.
         prompt_logprobs: rows whose prompt log-probabilities are wanted for this chunk.
-        masked: rows that sample in this step and whose draw waits for a mask.
+        masked: rows that sample in this step and whose draw waits for a mask. A row that has left them does not return before it is opened again.
         pooled: (row, start, end): the sum of the last hidden states of the row's tokens at these positions, which the step computes, is wanted.
         adapters: slot of each row's LoRA adapter, -1 = none; empty if no row has one.
     """

@@ -30,6 +30,7 @@ from runtime.types import (
     Grammar,
     LogprobParams,
     Pooling,
+    ReasoningBudget,
     SamplingParams,
     StopParams,
 )
@@ -183,6 +184,7 @@ class Stage:
         grammar: str | None = None,
         pooling: Pooling | None = None,
         bad_words: tuple[tuple[int, ...], ...] = (),
+        reasoning_budget: ReasoningBudget | None = None,
         **stop: object,
     ) -> Answer:
         self._ids += 1
@@ -198,6 +200,7 @@ class Stage:
                 grammar=None if grammar is None else Grammar(grammar),
                 pooling=pooling,
                 bad_words=bad_words,
+                reasoning_budget=reasoning_budget,
             ),
         )
         answer = self.answers[self._ids] = Answer(add)

@@ -86,6 +86,8 @@ class GrammarMasks:
         kind, _, count = self.grammar.partition("/")
         return kind == "half" and bool(count) and len(self.accepted) > int(count)
 
+    is_spent = False
+
 
 class FakeJob:
     """Implements MaskSourceJob: ready after `polls` looks."""

@@ -55,6 +55,8 @@ class GuidedSequence:
     def finished(self) -> bool:
         return not self._reasoning and self._matcher.is_stopped()
 
+    is_spent = False
+
     def fill_mask(self, words: TokenMasks) -> None:
         if self._reasoning:
             words[:] = _ALL_ALLOWED

@@ -38,6 +38,10 @@ class MaskSource(Protocol):
     def finished(self) -> bool:
         """Whether the accepted tokens form a complete text of the grammar after which nothing may follow."""
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether every token is allowed from now on, whatever comes."""
+
 
 class MaskSourceJob(Protocol):
     """A mask source that is being made in the background."""

@@ -49,6 +49,8 @@ class BadWords:
     def finished(self) -> bool:
         return self._grammar is not None and self._grammar.finished
 
+    is_spent = False
+
     def _banned(self, tail: tuple[int, ...]) -> set[int]:
         return {last for head, last in self._words if not head or tail[-len(head) :] == head}
 

@@ -48,11 +48,12 @@ class DecodeBatch:
         self._ids.append(sequence.request_id)
         self._histories.append(sequence.tokens)
         self._starts[index], self._left[index], self._room[index] = start, left, room
-        self._is_masked[index] = sequence.mask_source is not None
-        self._num_masked += sequence.mask_source is not None
+        self._is_masked[index] = sequence.is_masked
+        self._num_masked += sequence.is_masked
 
     def remove(self, sequence: Sequence) -> None:
         index, last = sequence.decode_index, len(self.sequences) - 1
+        self._num_masked -= bool(self._is_masked[index])
         moved = self.sequences[last]
         columns: tuple[list[Any], ...] = (self.sequences, self.rows, self.slots, self._ids, self._histories)
         for column in columns:
@@ -60,9 +61,13 @@ class DecodeBatch:
             column.pop()
         for array in (self._starts, self._left, self._room, self._is_masked):
             array[index] = array[last]
-        self._num_masked -= sequence.mask_source is not None
         moved.decode_index = index
         sequence.decode_index = -1
+
+    def unmask(self, sequence: Sequence) -> None:
+        """Have the row's draws wait for no mask in the steps that are planned from now on."""
+        self._num_masked -= bool(self._is_masked[sequence.decode_index])
+        self._is_masked[sequence.decode_index] = False
 
     def without_room(self) -> list[Sequence]:
         """Return the sequences whose next token needs another block."""

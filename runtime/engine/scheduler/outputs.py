@@ -57,7 +57,8 @@ class Step:
     def masked_sequences(self) -> list[Sequence]:
         """Return the sequences of `plan.masked`, in its order."""
         rows = self.decode.sequences
-        chunks = [c.sequence for c in self.prefill if c.draws and c.sequence.mask_source is not None]
+        masked = set(self.plan.masked)
+        chunks = [c.sequence for c in self.prefill if c.row in masked]
         return [rows[index] for index in self.decode.masked] + chunks
 
 

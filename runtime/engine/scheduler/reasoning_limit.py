@@ -49,3 +49,8 @@ class ReasoningLimit:
     @property
     def finished(self) -> bool:
         return self._inner is not None and self._inner.finished
+
+    @property
+    def is_spent(self) -> bool:
+        may_open = self._is_first and self._budget.open_id is not None
+        return not self._reasoning and not may_open and (self._inner is None or self._inner.is_spent)

@@ -198,7 +198,7 @@ class Scheduler:
         plan.counts.append(end - start)
         plan.from_device.append(False)
         plan.samples.append(draws)
-        if draws and sequence.mask_source is not None:
+        if draws and sequence.is_masked:
             plan.masked.append(sequence.row)
         if (span := pooled_span(sequence, start, known_end)) is not None:
             plan.pooled.append((sequence.row, *span))
@@ -275,7 +275,17 @@ class Scheduler:
             others = settle_prefill(step, result, self._rules, end, take_forced)
             self.totals.generated_tokens += sum(len(row.tokens) for row in others)
             rows += others
+        if step.plan.masked:
+            self._unmask(step.masked_sequences())
         return rows
+
+    def _unmask(self, sequences: Iterable[Sequence]) -> None:
+        """Plan the draws of sequences whose masks allow every token from now on as those of rows without masks."""
+        for sequence in sequences:
+            if sequence.is_masked and sequence.state is not State.ENDED and sequence.allows_all:
+                sequence.is_unmasked = True
+                if sequence.decode_index >= 0:
+                    self._decode.unmask(sequence)
 
     def fail(self, step: Step, now: float) -> list[Sequence]:
         """End the sequences of a step that failed, and return them.

@@ -26,6 +26,7 @@ class Sequence:
     Attributes:
         max_output_tokens: the request's max_tokens, or what the context leaves if that is less.
         mask_source: the source of the request's token masks; None = no grammar.
+        is_unmasked: the mask source allows every token from now on, so no draw waits for it.
         num_computed_tokens: tokens whose KV the launched steps write. Not kept up to date for decode rows.
         decode_index: index in the decode batch, -1 = not a decode row.
         blocked_until_step: the step that must be settled before the sequence may be admitted again.
@@ -44,6 +45,7 @@ class Sequence:
     arrived_s: float
     max_output_tokens: int
     mask_source: MaskSource | None = None
+    is_unmasked: bool = False
     state: State = State.WAITING
     row: int = -1
     block_ids: list[int] = field(default_factory=list)
@@ -66,6 +68,22 @@ class Sequence:
         self.tokens.append(token)
         if self.mask_source is not None:
             self.mask_source.accept((token,))
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the draws that are planned from now on wait for masks."""
+        return self.mask_source is not None and not self.is_unmasked
+
+    @property
+    def allows_all(self) -> bool:
+        """Whether neither its mask source nor its other parameters exclude a token from now on. A mask carries both."""
+        stop, sampling = self.request.stop, self.request.sampling
+        return (
+            self.mask_source is not None
+            and self.mask_source.is_spent
+            and not sampling.allowed_token_ids
+            and self.num_output_tokens >= stop.min_tokens
+        )
 
     @property
     def adapter_slot(self) -> int:
@@ -131,5 +149,5 @@ def row_setup(sequence: Sequence, suppressed: tuple[int, ...]) -> RowSetup:
         sequence.prompt_len,
         request.stop.min_tokens,
         suppressed,
-        sequence.mask_source is not None,
+        sequence.is_masked,
     )

@@ -125,7 +125,18 @@ def test_reasoning_ends_at_its_budget_beside_other_rows(folder: Path) -> None:
     budget = ReasoningBudget(5, 40, starts_in_reasoning=True)
     free = asked(None, max_tokens=12, ignore_eos=True)
     limited = msgspec.structs.replace(free, reasoning_budget=budget)
-    together = run_engine(checkpoint(folder), [limited, free]).texts()
+    run = run_engine(checkpoint(folder), [limited, free])
+    together = run.texts()
     assert together[1] == run_engine(checkpoint(folder), [free]).texts()[0]
     assert together[0][:6] == [*together[1][:5], 40]
     assert len(together[0]) == 12
+    assert run.num_steps == 6  # the steps behind the closing token have no masks
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1.0, top_k=50, seed=5), SamplingParams(temperature=0.0, repetition_penalty=1.3)])  # fmt: skip
+def test_text_behind_ended_reasoning_is_as_without_a_budget(folder: Path, sampling: SamplingParams) -> None:
+    budget = ReasoningBudget(5, 40, starts_in_reasoning=True)
+    free = asked(None, max_tokens=12, ignore_eos=True, sampling=sampling)
+    [text] = run_engine(checkpoint(folder), [msgspec.structs.replace(free, reasoning_budget=budget)]).texts()
+    from_here = msgspec.structs.replace(free, prompt=(*free.prompt, *text[:6]), stop=StopParams(6, ignore_eos=True))
+    assert run_engine(checkpoint(folder), [from_here]).texts() == [text[6:]]

@@ -123,6 +123,7 @@ class ModelRunner:
             state.rows.enter_blocks(self._page_table, plan.new_blocks[state.uploads.max_blocks :])
         further_at = self._logprobs.prompt_positions(plan, shape) if plan.prompt_logprobs else []
         hidden_at = pooled_tokens(plan, shape) if plan.pooled else None
+        self._sampler.unmask(shape, plan.masked)
         plain = self._sampler.all_plain(shape)
         state.results.begin()
         state.uploads.send()

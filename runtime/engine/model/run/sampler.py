@@ -29,6 +29,7 @@ class Sampler:
         self._kinds = np.zeros(tables.max_rows, np.uint8)
         self._sorts = np.zeros(tables.max_rows, np.bool_)
         self._unsent: dict[int, SamplingParams] = {}
+        self._masked: dict[int, int] = {}  # open rows of the kind _MASKED, and their kind without a mask
 
     def open(self, setup: RowSetup) -> None:
         """Set up a row. Its rules are sent to the device with the next step."""
@@ -37,17 +38,28 @@ class Sampler:
         self._edits.close(row)
         self._unsent.pop(row, None)
         self._sorts[row] = not rules.greedy and (rules.top_k > 0 or rules.top_p < 1 or rules.typical_p < 1)
-        kind = _PLAIN if rules.greedy else _RANDOM
+        self._masked.pop(row, None)
+        kind = unmasked = _PLAIN if rules.greedy else _RANDOM
         if self._edits.open(setup):
             kind = _MASKED if self._edits.only_masked(row) else _EDITED
+        if kind == _MASKED:
+            self._masked[row] = unmasked
         self._kinds[row] = kind
         if kind != _PLAIN:
             self._unsent[row] = rules
 
     def close(self, row: int) -> None:
         self._edits.close(row)
+        self._masked.pop(row, None)
         self._kinds[row] = _PLAIN
         self._unsent.pop(row, None)
+
+    def unmask(self, shape: StepShape, masked: Sequence[int]) -> None:
+        """Treat rows like others that draw in this step without being among the `masked` ones: their masks would allow every token from now on."""
+        if not self._masked:
+            return
+        for row in self._masked.keys() & set(shape.sample_rows.tolist()) - set(masked):
+            self._kinds[row] = self._masked.pop(row)
 
     def all_plain(self, shape: StepShape) -> bool:
         """Whether every row draws its largest logit."""

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import pytest
@@ -10,7 +11,7 @@ from runtime.engine.core.executor import OperationExecutor
 from runtime.engine.interfaces import KvGeometry
 from runtime.engine.operations import OpenRow, Operation, RunDraws, RunForward, RunStep
 from runtime.ipc.messages import Shutdown
-from runtime.types import FinishReason, LogprobParams
+from runtime.types import FinishReason, LogprobParams, ReasoningBudget, SamplingParams
 from tests.support.engine_stage import Stage
 from tests.support.fake_backend import FakeBackend, FakeSpec
 from tests.support.random_life import run_life
@@ -33,6 +34,37 @@ def test_masked_rows_are_in_every_step_like_others() -> None:
     figures = made.stats().grammars
     assert (figures.masks_total, figures.grammars_total) == (10, 3)
     assert figures.mask_seconds_total > 0
+    made.close()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_row_whose_reasoning_has_ended_waits_for_no_mask(rows: int) -> None:
+    operations: list[Operation] = []
+    made = Stage(FakeBackend({"a": FakeSpec()}), record=operations.append, mask_sources=False)
+    made.load("a")
+    made.until_quiet()
+    budget = ReasoningBudget(3, 40, starts_in_reasoning=True)
+    limited = made.add("a", [5, 6], 30, ignore_eos=True, reasoning_budget=budget)
+    for number in range(1, rows):
+        made.add("a", [7, number], 30, ignore_eos=True)
+    made.until_quiet()
+    assert (limited.tokens[3], len(limited.tokens)) == (40, 30)
+    # The step behind the closing token is launched before that token is known.
+    assert [type(o) for o in operations if isinstance(o, RunStep | RunForward)] == [RunForward] * 5 + [RunStep] * 25
+    made.close()
+
+
+@pytest.mark.parametrize("more", [{"min_tokens": 9}, {"sampling": SamplingParams(temperature=0.0, allowed_token_ids=(40, 41, 42))}])  # fmt: skip
+def test_row_whose_reasoning_has_ended_keeps_its_other_limits(more: dict[str, Any]) -> None:
+    operations: list[Operation] = []
+    made = Stage(FakeBackend({"a": FakeSpec()}), record=operations.append, mask_sources=False)
+    made.load("a")
+    made.until_quiet()
+    budget = ReasoningBudget(3, 40, starts_in_reasoning=True)
+    made.add("a", [5, 6], 20, ignore_eos=True, reasoning_budget=budget, **more)
+    made.until_quiet()
+    masked = sum(isinstance(operation, RunForward) for operation in operations)
+    assert masked == (10 if "min_tokens" in more else 20)
     made.close()
 
 

@@ -17,13 +17,19 @@ def allowed(source: MaskSource) -> list[int]:
     return unpack(words, VOCAB)
 
 
+def is_spent(source: MaskSource) -> bool:
+    return source.is_spent
+
+
 def test_reasoning_that_the_prompt_opened_ends_at_its_budget() -> None:
     source = ReasoningLimit(ReasoningBudget(3, CLOSE, starts_in_reasoning=True))
     for token in (1, 2, 3):
         assert allowed(source) == list(range(VOCAB))
         source.accept((token,))
     assert allowed(source) == [CLOSE]
+    assert not is_spent(source)
     source.accept((CLOSE,))
+    assert is_spent(source)
     assert allowed(source) == list(range(VOCAB))
     assert not source.finished
 
@@ -34,7 +40,9 @@ def test_reasoning_may_be_opened_by_the_first_token_only() -> None:
     source.accept((OPEN,))
     assert allowed(source) == [CLOSE]
     later = ReasoningLimit(ReasoningBudget(0, CLOSE, OPEN))
+    assert not is_spent(later)
     later.accept((1, OPEN))
+    assert is_spent(later)
     assert allowed(later) == list(range(VOCAB))
 
 
@@ -53,3 +61,4 @@ def test_reasoning_limit_leaves_the_grammar_what_follows(grammar: str) -> None:
         one.accept((first,))
     assert allowed(source) == allowed(alone)
     assert list(source.forced()) == alone.forced()
+    assert not is_spent(source)
