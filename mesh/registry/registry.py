@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from mesh.access.caller import current_caller
-from mesh.errors import AlreadyExists, NotFound
+from mesh.errors import AlreadyExists, InvalidRequest, NotFound
 from mesh.registry.copy_settings import is_same_model
 from mesh.registry.instances import Instances
 from mesh.registry.models import Models, entry_time_ms
@@ -256,10 +256,12 @@ class Registry:
         """Point another name at the model behind `target`, and return its concrete id. Raises NotFound, AlreadyExists, InvalidRequest."""
         check_name(alias)
         current_caller().check_model(alias)
+        if alias == target:
+            raise InvalidRequest(f"alias {alias}: the target must be another name")
         if await self.models.find(alias) is not None:
             raise AlreadyExists(f"{alias} is a registered model; an alias must have a name of its own")
         own = self.vmodels.get(alias)
-        if own is not None and belongs_to(own.target_id, alias) and target != alias:
+        if own is not None and belongs_to(own.target_id, alias):
             raise AlreadyExists(f"{alias} is a registered model; an alias must have a name of its own")
         model_id = await self.resolve_fresh(target)
         await self.vmodels.set(VModelRequest(alias, model_id), now_ms=now_ms, is_loaded=is_loaded)

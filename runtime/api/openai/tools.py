@@ -59,6 +59,10 @@ def plan_tools(
             limit=MAX_TOOLS,
             value=len(tools),
         )
+    if tools is not None and not tools:
+        raise InvalidRequest(
+            "tools is empty; leave it out, or give at least one function", param="tools", limit=1, value=0
+        )
     functions = {function.name: function for function in map(_function, range(len(tools or ())), tools or ())}
     names, calls = _chosen(choice, functions)
     if not tools or choice == "none":

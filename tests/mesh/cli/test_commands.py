@@ -58,6 +58,9 @@ async def test_alias_is_listed_apart_from_its_model_and_deleted_alone(pod: Runni
     assert ["alias", "of", "ada"] in [line.split() for line in (await say("show", "prod"))[1].splitlines()]
     listed = {model["name"]: model for model in json.loads((await say("list", "--json"))[1])}
     assert (listed["prod"]["alias_of"], listed["ada"]["alias_of"]) == ("ada", "")
+    for name in ("ada", "prod", "nobody"):
+        status, _, error = await say("alias", name, name)
+        assert (status, f"alias {name}: the target must be another name" in error) == (1, True)
     status, _, error = await say("alias", "ada", "--delete")
     assert (status, error) == (1, "repertory: alias 'ada' not found: it is a registered model\n")
     assert (await say("alias", "prod", "--delete"))[0] == 0

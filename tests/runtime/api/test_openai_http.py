@@ -311,7 +311,7 @@ async def test_parse_refuses_unsupported_features(
 
 
 async def test_parse_accepts_empty_forms_of_unsupported_features(http: aiohttp.ClientSession, server: Server) -> None:
-    body = chat(tools=[], tool_choice="none", response_format={"type": "text"}, functions=None, best_of=1)
+    body = chat(tools=None, tool_choice="none", response_format={"type": "text"}, functions=None, best_of=1)
     assert (await post(http, server, "/v1/chat/completions", body))[0] == 200
     assert (await post(http, server, "/v1/completions", {"model": "m1", "prompt": "a", "suffix": "b"}))[0] == 501
 

@@ -283,7 +283,8 @@ async def test_tools_of_a_family_without_a_format_are_called_as_json(tmp_path: P
 @pytest.mark.parametrize(
     ("fields", "status", "param"),
     [
-        ({"tool_choice": "required", "tools": []}, 400, "tool_choice"),
+        ({"tool_choice": "required", "tools": []}, 400, "tools"),
+        ({"tools": []}, 400, "tools"),
         ({"tool_choice": allowed("required", other(WEATHER, "f"))}, 400, "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, 400, "tools[0].function"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, 400, "tool_choice"),
