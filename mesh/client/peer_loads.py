@@ -1,4 +1,4 @@
-"""Has another pod load or unload a model, over its HTTP port. Implements mesh.placement.placement.PeerLoads."""
+"""Has another pod load or unload a model, over its HTTP port. Implements mesh.placement.peer_loads.PeerLoads."""
 
 import asyncio
 from collections.abc import Mapping

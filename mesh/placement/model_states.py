@@ -7,6 +7,7 @@ from common.model_state import CopyState
 from mesh.placement.copies import LocalCopies
 from mesh.placement.eviction import plan_eviction
 from mesh.placement.failures import SeenTimes, blocked_for_s, num_failures, wait_s
+from mesh.placement.learned_copies import LearnedCopies
 from mesh.placement.load_times import remaining_s
 from mesh.placement.loads import LocalLoads
 from mesh.placement.model_status import LocalCopyState, status_of
@@ -25,6 +26,7 @@ class ModelStates:
         copies: LocalCopies,
         loads: LocalLoads,
         monitor: RuntimeMonitor,
+        learned: LearnedCopies,
         *,
         failure_expiry_s: float,
         is_usable: Callable[[str], bool],
@@ -34,6 +36,7 @@ class ModelStates:
         self._copies = copies
         self._loads = loads
         self._monitor = monitor
+        self._learned = learned
         self._failure_expiry_s = failure_expiry_s
         self._is_usable = is_usable
         self._own_id = registry.instances.own_id
@@ -41,9 +44,14 @@ class ModelStates:
         self._starts = SeenTimes()
         registry.models.table.listen(self._record_changed)
 
-    def status(self, model_id: str, *, besides: Set[str] = frozenset()) -> StatusInfo:
-        """Return the model's state over all pods but `besides`."""
+    def record(self, model_id: str, *, as_recorded: bool = False) -> ModelRecord | None:
+        """Return the model's record with what was learned while the store was away. `as_recorded`: without other pods' copies that it does not list."""
         record = self._registry.models.get(model_id)
+        return record and self._learned.applied_to(model_id, record, with_copies=not as_recorded)
+
+    def status(self, model_id: str, *, besides: Set[str] = frozenset(), as_recorded: bool = False) -> StatusInfo:
+        """Return the model's state over all pods but `besides`. `as_recorded`: as in `record`."""
+        record = self.record(model_id, as_recorded=as_recorded)
         pods = self.pods() if record is not None and record.instance_ids else {}
         return status_of(
             model_id,
@@ -51,7 +59,9 @@ class ModelStates:
             own_id=self._own_id,
             own=None if self._own_id in besides else self.local_copy(model_id),
             own_model=self._monitor.model(model_id),
-            pods={pod_id: pod for pod_id, pod in pods.items() if pod_id not in besides},
+            pods=self._learned.without_old_reports(
+                model_id, {pod_id: pod for pod_id, pod in pods.items() if pod_id not in besides}
+            ),
         )
 
     def expected_wait_s(self, model_id: str) -> float:
@@ -102,12 +112,12 @@ class ModelStates:
 
     def loading_for_s(self, model_id: str, instance_id: str) -> float:
         """Return how long this pod has known that another one has the model or loads it."""
-        record = self._registry.models.get(model_id)
+        record = self.record(model_id)
         return self._starts.ages_s(model_id, record.instance_ids).get(instance_id, 0.0) if record is not None else 0.0
 
     def blocked_for_s(self, model_id: str) -> float:
         """Return the seconds until a failed model may be loaded again without an explicit load request."""
-        record = self._registry.models.get(model_id)
+        record = self.record(model_id)
         return self.record_blocked_for_s(model_id, record) if record else 0.0
 
     def local_status(self, model_id: str) -> ModelStatus:
@@ -133,7 +143,7 @@ class ModelStates:
         return {pod_id for pod_id, pod in self.pods().items() if pod_id != self._own_id and pod.grpc_address}
 
     def _remote_for_s(self, model_id: str) -> list[float]:
-        record = self._registry.models.get(model_id)
+        record = self.record(model_id)
         if record is None:
             return []
         pods = self.pods()

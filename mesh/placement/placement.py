@@ -5,17 +5,20 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
 
 from common.changes import Changes
 from common.clock import epoch_ms
 from mesh.errors import LoadFailed, MeshError, NotFound, Unavailable
 from mesh.placement.copies import LocalCopies
 from mesh.placement.failures import MAX_FAILURES
+from mesh.placement.learned_copies import LearnedCopies
 from mesh.placement.loads import LocalLoads
 from mesh.placement.model_states import ModelStates
-from mesh.placement.plan import PodView, plan
+from mesh.placement.outage_plan import OutageView, order_pods
+from mesh.placement.peer_loads import PeerLoads
+from mesh.placement.plan import plan
+from mesh.placement.pod_views import of_adapter, own_view, view_of
 from mesh.placement.record_updates import RecordUpdates
 from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.placement.type_constraints import TypeConstraints
@@ -36,22 +39,16 @@ class NoPod(Unavailable):
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """One load. `urgent` False: it displaces only models that were last used before `last_used_ms`. `avoid`: see `ensure_loaded`."""
+    """One load. `urgent` False: it displaces only models that were last used before `last_used_ms`. `avoid`: see `ensure_loaded`.
+
+    `must_see_end`: the caller waits for the end of the load, which this pod does not see at another pod while the store is away.
+    """
 
     last_used_ms: int
     urgent: bool
     local_only: bool
     avoid: frozenset[str]
-
-
-class PeerLoads(Protocol):
-    async def load(
-        self, pod: InstanceRecord, model_id: str, *, last_used_ms: int, urgent: bool, is_extra: bool
-    ) -> None:
-        """Have another pod load a model, and return when the load has begun. Raises MeshError if the pod is unreachable or refuses."""
-
-    async def unload_now(self, pod: InstanceRecord, model_id: str) -> None:
-        """Have another pod end a model's requests and unload it. Raises MeshError if the pod is unreachable or refuses."""
+    must_see_end: bool = False
 
 
 class Placement:
@@ -66,15 +63,15 @@ class Placement:
         loads: LocalLoads,
         peers: PeerLoads,
         states: ModelStates,
+        learned: LearnedCopies,
         monitor: RuntimeMonitor,
         changes: Changes,
         *,
         constraints: TypeConstraints,
         own_labels: tuple[str, ...],
         unreachable: Callable[[str], None],
-        can_announce: Callable[[], bool],
     ) -> None:
-        """`unreachable` is called with a pod that did not accept a load. `can_announce` returns False while other pods would not see a load."""
+        """`unreachable` is called with a pod that did not accept a load."""
         self._registry = registry
         self._runtime = runtime
         self._record_updates = record_updates
@@ -82,12 +79,12 @@ class Placement:
         self._loads = loads
         self._peers = peers
         self._states = states
+        self._learned = learned
         self._monitor = monitor
         self._changes = changes
         self._constraints = constraints
         self._own_labels = own_labels
         self._unreachable = unreachable
-        self._can_announce = can_announce
         self._own_id = registry.instances.own_id
 
     async def ensure_loaded(
@@ -112,16 +109,17 @@ class Placement:
             raise NotFound(f"model {model_id} not found")
         used_ms = last_used_ms or epoch_ms()
         self._copies.touch(model_id, used_ms)
-        status = self._states.status(model_id, besides=avoid)
+        must_see_end = wait and not begun_elsewhere_suffices
+        status = self._states.status(model_id, besides=avoid, as_recorded=must_see_end)
         now = self._states.local_status(model_id) if local_only else status.status
         if now is ModelStatus.LOADED or (now is ModelStatus.LOADING and not wait):
             return status
         if now is not ModelStatus.LOADING:
             if retry_failed:
                 await self._clear_failures(model_id)
-            elif self._states.record_blocked_for_s(model_id, record) > 0:
+            elif self._states.blocked_for_s(model_id) > 0:
                 return status
-        order = _Order(used_ms, last_used_ms == 0 or retry_failed, local_only, avoid)
+        order = _Order(used_ms, last_used_ms == 0 or retry_failed, local_only, avoid, must_see_end)
         if wait:
             return await self._load_and_wait(
                 model_id,
@@ -151,11 +149,13 @@ class Placement:
             status = self._states.status(model_id, besides=order.avoid)
             if not (begun_elsewhere_suffices and begun_at not in ("", self._own_id)):
                 status = await self._outcome(model_id, order.avoid, begun_at)
-            record = self._registry.models.get(model_id)
-            if status.status is not ModelStatus.LOADING_FAILED or order.local_only or record is None:
+            if status.status is not ModelStatus.LOADING_FAILED or order.local_only:
                 break
-            if self._states.record_blocked_for_s(model_id, record) > 0:
+            if self._states.blocked_for_s(model_id) > 0:
                 break
+        if status.status is ModelStatus.NOT_LOADED and not order.must_see_end:
+            # A load that the record does not show goes on at another pod.
+            return self._states.status(model_id, besides=order.avoid)
         return status
 
     async def unload(self, model_id: str, *, now: bool = False) -> None:
@@ -215,7 +215,7 @@ class Placement:
 
     async def _begin(self, model_id: str, order: "_Order") -> str:
         """Begin a load on the best pod that accepts it, and return its id, empty if none may now. Raises LoadFailed and Unavailable if none ever may."""
-        record = self._registry.models.get(model_id)
+        record = self._states.record(model_id)
         if record is None:
             raise NotFound(f"model {model_id} not found")
         pods = self._states.pods()
@@ -226,9 +226,8 @@ class Placement:
                 f"{record.info.type}: [{', '.join(constraint.required)}]"
             )
         is_extra = bool(order.avoid) or order.local_only
-        # Without the store this pod would not see that a peer has loaded the model, so it loads the model itself.
-        if not order.local_only and pods.keys() - {self._own_id} and self._can_announce():
-            for pod_id in await self._plan(model_id, record, pods, order.avoid):
+        if not order.local_only and pods.keys() - {self._own_id}:
+            for pod_id in await self._targets(model_id, record, pods, order):
                 if pod_id == self._own_id or await self._begin_at(pod_id, pods[pod_id], model_id, order, is_extra):
                     if pod_id == self._own_id:
                         break
@@ -250,15 +249,24 @@ class Placement:
         """Have a peer begin the load. Return whether it did."""
         record = self._registry.models.get(model_id)
         failed_ms = record.failed_in.get(pod_id) if record is not None else None
+        is_announced = not self._learned.is_store_away()
         try:
             await self._peers.load(
-                pod, model_id, last_used_ms=order.last_used_ms, urgent=order.urgent, is_extra=is_extra
+                pod,
+                model_id,
+                last_used_ms=order.last_used_ms,
+                urgent=order.urgent,
+                # Only this pod may have lost the store. What the others see then is not what this pod goes by.
+                is_extra=is_extra or not is_announced,
             )
         except MeshError as error:
             self._unreachable(pod_id)
             logger.warning("model %s: pod %s cannot load it, trying the next: %s", model_id, pod_id, error.message)
             return False
-        await self._announced(model_id, pod_id, failed_ms, order.avoid)
+        if is_announced:
+            await self._announced(model_id, pod_id, failed_ms, order.avoid)
+        else:
+            self._learned.gained(model_id, pod_id)
         return True
 
     async def try_elsewhere(self, model_id: str, record: ModelRecord) -> None:
@@ -286,6 +294,37 @@ class Placement:
             async with asyncio.timeout(_ANNOUNCE_S):
                 await self._registry.models.table.until(model_id, is_known)
 
+    async def _targets(
+        self, model_id: str, record: ModelRecord, pods: Mapping[str, InstanceRecord], order: "_Order"
+    ) -> tuple[str, ...]:
+        """Return the pods to ask for the load, the best one first; none if this pod has to load the model itself."""
+        if not self._learned.is_store_away():
+            return await self._plan(model_id, record, pods, order.avoid)
+        return () if order.must_see_end else await self._order_without_store(model_id, record, pods, order.avoid)
+
+    async def _order_without_store(
+        self, model_id: str, record: ModelRecord, pods: Mapping[str, InstanceRecord], avoid: Set[str]
+    ) -> tuple[str, ...]:
+        """Return the pods to ask in the order in which every pod asks them, so that the model is loaded once and not by each pod."""
+        constraint = self._constraints.of(record.info.type)
+        base = await self._base_of(record)
+        views = [
+            OutageView(
+                pod_id,
+                pod.capacity_units * CAPACITY_UNIT_BYTES,
+                has_base=base is not None and pod_id in base.instance_ids,
+                has_files=pod_id in record.files_in,
+            )
+            for pod_id, pod in pods.items()
+            if pod_id not in avoid
+            and not self._learned.refuses(model_id, pod_id)
+            and pod.capacity_units * CAPACITY_UNIT_BYTES >= record.weight_bytes
+            and constraint.allows(self._labels(pod_id, pods))
+            and self._states.may_load(model_id, record, pod_id)
+            and (not self._states.is_quarantined(model_id) if pod_id == self._own_id else pod.http_address)
+        ]
+        return order_pods(views, model_id)
+
     async def _plan(
         self, model_id: str, record: ModelRecord, pods: Mapping[str, InstanceRecord], avoid: Set[str]
     ) -> tuple[str, ...]:
@@ -298,12 +337,14 @@ class Placement:
         base = await self._base_of(record)
         zones = {pods[pod_id].zone for pod_id in record.instance_ids if pod_id in pods} - {""}
         views = [
-            _over(base, self._view(pod_id, pod, record, constraint.num_preferred(self._labels(pod_id, pods)), zones))
+            of_adapter(base, view_of(pod_id, pod, record, constraint.num_preferred(self._labels(pod_id, pods)), zones))
             for pod_id, pod in pods.items()
             if constraint.allows(self._labels(pod_id, pods))
             and self._states.may_load(model_id, record, pod_id)
             and (not self._states.is_quarantined(model_id) if pod_id == self._own_id else pod.http_address)
         ]
+        own = (self._copies.usage(), self._loads.num_loading, self._loads.num_failed_in_a_row)
+        views = [own_view(view, *own) if view.instance_id == self._own_id else view for view in views]
         return plan(
             [view for view in views if view.instance_id not in avoid] or views,
             model_id,
@@ -318,35 +359,6 @@ class Placement:
         except NotFound:
             return None
         return None if base is None else self._registry.models.get(base[0])
-
-    def _view(
-        self, pod_id: str, pod: InstanceRecord, record: ModelRecord, num_preferred: int, zones: Set[str]
-    ) -> PodView:
-        capacity_bytes, used_bytes = pod.capacity_units * CAPACITY_UNIT_BYTES, pod.used_units * CAPACITY_UNIT_BYTES
-        view = PodView(
-            pod_id,
-            pod_id == self._own_id,
-            capacity_bytes,
-            max(0, capacity_bytes - used_bytes),
-            victim_use=pod.victim_use,
-            num_loading=pod.loads_in_progress,
-            loading_threads=pod.loading_threads,
-            load_failures=pod.load_failures,
-            num_preferred=num_preferred,
-            has_files=pod_id in record.files_in,
-            has_copy_in_zone=pod.zone in zones,
-        )
-        if not view.local:
-            return view
-        usage = self._copies.usage()
-        return replace(
-            view,
-            capacity_bytes=usage.capacity_bytes,
-            free_bytes=usage.free_bytes,
-            victim_use=usage.victim_use,
-            num_loading=self._loads.num_loading,
-            load_failures=self._loads.num_failed_in_a_row,
-        )
 
     async def _outcome(self, model_id: str, avoid: frozenset[str], begun_at: str) -> StatusInfo:
         """Wait for the end of a load. `begun_at`: the pod that began it; empty if it was loading before."""
@@ -363,7 +375,8 @@ class Placement:
                     return status
                 started_s = time.monotonic()
                 continue
-            status = self._states.status(model_id, besides=avoid)
+            # At another pod, a load that the record does not show is not seen to end.
+            status = self._states.status(model_id, besides=avoid, as_recorded=True)
             starting = (
                 status.status is ModelStatus.NOT_LOADED
                 and begun_at in self._states.others()
@@ -377,12 +390,3 @@ class Placement:
         if pod_id == self._own_id:
             return self._own_labels
         return pods[pod_id].labels if pod_id in pods else ()
-
-
-def _over(base: ModelRecord | None, view: PodView) -> PodView:
-    """Return a pod's view for an adapter of `base`. On a pod without the base, the base's size and files are counted."""
-    if base is None:
-        return view
-    if view.instance_id in base.instance_ids:
-        return replace(view, has_base=True)
-    return replace(view, base_bytes=base.weight_bytes, has_files=view.instance_id in base.files_in)

@@ -10,6 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from mesh.errors import MeshError, NotFound, StoreError
+from mesh.placement.learned_copies import LearnedCopies
 from mesh.registry.models import Models
 from mesh.registry.records import Failure, ModelRecord
 from mesh.types import ModelInfo
@@ -28,16 +29,16 @@ class LoadedElsewhere(MeshError):
 class RecordUpdates:
     """Every method raises StoreError. An unregistered model is ignored, except by `loading`, which raises NotFound."""
 
-    def __init__(self, models: Models, own_id: str, can_write: Callable[[], bool] = lambda: True) -> None:
-        """`can_write` returns False while the store does not answer or refuses changes, so that no update waits for its time limit."""
+    def __init__(self, models: Models, own_id: str, learned: LearnedCopies) -> None:
+        """`learned` keeps the failures that cannot be recorded, so that a failing model is not loaded over and over."""
         self._models = models
         self._own_id = own_id
-        self._can_write = can_write
+        self._learned = learned
 
     async def _update(
         self, model_id: str, change: Callable[[ModelRecord | None], ModelRecord | None]
     ) -> ModelRecord | None:
-        if not self._can_write():
+        if self._learned.is_store_away():  # no update waits for its time limit
             raise StoreError("store: records cannot be changed now; the next sweep repeats the update")
         return await self._models.table.update(model_id, change)
 
@@ -105,6 +106,7 @@ class RecordUpdates:
                 num_failures=record.num_failures + 1,
             )
 
+        self._learned.failed(model_id, self._own_id, Failure(message, lasting))
         await self._update(model_id, change)
 
     async def gone(self, model_id: str, *, last_used_ms: int = 0, use: float | None = None) -> None:

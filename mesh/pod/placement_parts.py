@@ -13,6 +13,7 @@ from mesh.client.runtime import GrpcRuntime
 from mesh.config.schema import MeshConfig
 from mesh.observability.metrics import Metrics
 from mesh.placement.copies import LocalCopies
+from mesh.placement.learned_copies import LearnedCopies
 from mesh.placement.loads import LocalLoads
 from mesh.placement.model_states import ModelStates
 from mesh.placement.placement import Placement
@@ -52,6 +53,7 @@ class PlacementParts:
     peer_health: PeerHealth
     silence: RuntimeSilence
     copies: LocalCopies
+    learned: LearnedCopies
     loads: LocalLoads
     monitor: RuntimeMonitor
     states: ModelStates
@@ -105,11 +107,12 @@ def build_placement(
         is_foreign=lambda: monitor.snapshot.foreign,
     )
 
-    def can_write() -> bool:
-        """Return whether records can be changed, and so whether other pods would see a load."""
-        return base.store.is_answering and not registry.num_lost
+    def is_store_away() -> bool:
+        """Return whether records cannot be changed, so that other pods would not see a load."""
+        return not base.store.is_answering or bool(registry.num_lost)
 
-    record_updates = RecordUpdates(registry.models, base.instance_id, can_write)
+    learned = LearnedCopies(is_store_away)
+    record_updates = RecordUpdates(registry.models, base.instance_id, learned)
     loads = LocalLoads(
         runtime,
         record_updates,
@@ -141,6 +144,7 @@ def build_placement(
         copies,
         loads,
         monitor,
+        learned,
         failure_expiry_s=config.failure_expiry_s,
         is_usable=peer_health.is_usable,
     )
@@ -152,14 +156,25 @@ def build_placement(
         loads,
         HttpPeerLoads(base.connections, base.access.peers),
         states,
+        learned,
         monitor,
         changes,
         constraints=TypeConstraints(config.type_constraints),
         own_labels=config.labels,
         unreachable=peer_health.suspect,
-        can_announce=can_write,
     )
     reconciler = Reconciler(registry, record_updates, copies, loads, placement, states, monitor, changes)
     return PlacementParts(
-        runtime, contact, in_flight, peer_health, silence, copies, loads, monitor, states, placement, reconciler
+        runtime,
+        contact,
+        in_flight,
+        peer_health,
+        silence,
+        copies,
+        learned,
+        loads,
+        monitor,
+        states,
+        placement,
+        reconciler,
     )

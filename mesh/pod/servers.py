@@ -103,6 +103,7 @@ def _router(base: PodBase, parts: PlacementParts) -> CopyRouter:
         parts.states,
         parts.monitor,
         parts.copies,
+        parts.learned,
         base.changes,
         base.metrics,
         Target(base.instance_id, True, config.runtime_inference_grpc or config.runtime_grpc, config.runtime_http),

@@ -2,11 +2,12 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from common.model_state import CopyState, Tier
 from mesh.placement.copies import LocalCopies, LocalCopy
+from mesh.placement.learned_copies import LearnedCopies
 from mesh.placement.model_states import ModelStates
 from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.registry.records import InstanceRecord, ModelRecord
@@ -38,6 +39,7 @@ class CopyFinder:
         monitor: RuntimeMonitor,
         copies: LocalCopies,
         health: CopyHealth,
+        learned: LearnedCopies,
         local: Target,
         all_ejected: Callable[[str, frozenset[str]], None],
     ) -> None:
@@ -46,6 +48,7 @@ class CopyFinder:
         self._monitor = monitor
         self._copies = copies
         self._health = health
+        self._learned = learned
         self._local = local
         self._all_ejected = all_ejected
         self._peer_requests: Counter[tuple[str, str]] = Counter()
@@ -61,13 +64,15 @@ class CopyFinder:
         local = None
         if copy is not None and copy.is_loaded and own_id not in exclude and self._monitor.serves(copy):
             local = self._local_target(copy, record)
+        if record is not None and not local_only:
+            record = self._learned.applied_to(model_id, record)
         if local_only or record is None or len(record.instance_ids) <= (own_id in record.instance_ids):
             # There is no other copy to compare this pod's with.
             if local is not None:
                 self._note_chosen(model_id, own_id, (own_id,), local_only)
             return local
         candidates = [] if local is None else [self._local_candidate(model_id)]
-        pods = self._states.pods()
+        pods = self._learned.without_old_reports(model_id, self._states.pods())
         candidates += self._peer_candidates(model_id, record, pods, exclude)
         chosen = choose(candidates if len(candidates) < 2 else self._judged(model_id, candidates), prefix_hash)
         if chosen is None:
@@ -89,6 +94,7 @@ class CopyFinder:
 
     def mark_lost(self, model_id: str, instance_id: str) -> None:
         """Skip a peer for this model until it loads the model again, because it answered that it does not have it."""
+        self._learned.lost(model_id, instance_id)
         record = self._registry.models.get(model_id)
         if record is not None and instance_id in record.instance_ids:
             self._lost[model_id, instance_id] = record.instance_ids[instance_id]
@@ -145,7 +151,7 @@ class CopyFinder:
         )
 
     def _peer_candidates(
-        self, model_id: str, record: ModelRecord, pods: dict[str, InstanceRecord], exclude: frozenset[str]
+        self, model_id: str, record: ModelRecord, pods: Mapping[str, InstanceRecord], exclude: frozenset[str]
     ) -> list[Candidate]:
         return [
             self._peer_candidate(model_id, pod_id, pods[pod_id])

@@ -14,6 +14,7 @@ from common.model_state import CopyState
 from mesh.errors import DeadlineExceeded, LoadFailed, MeshError, NotFound, Overloaded, Unavailable
 from mesh.observability.metrics import Metrics
 from mesh.placement.copies import LocalCopies
+from mesh.placement.learned_copies import LearnedCopies
 from mesh.placement.load_times import retry_after_s
 from mesh.placement.model_states import ModelStates
 from mesh.placement.placement import NoPod, Placement
@@ -64,6 +65,7 @@ class CopyRouter:
         states: ModelStates,
         monitor: RuntimeMonitor,
         copies: LocalCopies,
+        learned: LearnedCopies,
         changes: Changes,
         metrics: Metrics,
         local: Target,
@@ -87,7 +89,7 @@ class CopyRouter:
         self._copy_health = CopyHealth()
         self._is_cut_off = is_cut_off
         self._finder = CopyFinder(
-            registry, states, monitor, copies, self._copy_health, local, all_ejected=self._load_beside
+            registry, states, monitor, copies, self._copy_health, learned, local, all_ejected=self._load_beside
         )
         self._loads_beside: dict[str, asyncio.Task[None]] = {}
         # Of local copies with a limit, by model: the load that the limit belongs to, and the limit.
@@ -123,7 +125,9 @@ class CopyRouter:
                 retry_after_s=1,
             )
         copy = self._copies.get(model_id)
-        if local_only and (copy is None or copy.state is CopyState.UNLOADING):
+        # A copy that is unloaded may be about to be loaded again: another pod has just asked for it.
+        is_gone = copy is None or copy.state is CopyState.UNLOADING
+        if local_only and is_gone and self._states.local_status(model_id) is not ModelStatus.LOADING:
             raise NotFound(f"model {model_id} is not on this pod")
         while True:
             target = self._finder.find(model_id, prefix_hash=prefix_hash, exclude=exclude, local_only=local_only)

@@ -13,6 +13,7 @@ import grpc.aio
 import pytest
 
 from mesh.errors import StoreError
+from mesh.placement.learned_copies import LearnedCopies
 from mesh.placement.record_updates import RecordUpdates
 from mesh.pod.identity import default_instance_id
 from tests.support.etcd import EtcdServer, free_port
@@ -74,7 +75,7 @@ async def test_pod_loads_models_again_after_a_crash_and_none_after_an_orderly_en
         assert record.instance_ids == {}
         assert record.last_used_ms > 0
         # as a crash would leave it
-        await RecordUpdates(pod.pod.registry.models, pod.pod.instance_id).loading(
+        await RecordUpdates(pod.pod.registry.models, pod.pod.instance_id, LearnedCopies(lambda: False)).loading(
             "a", record.info, started_ms=1, last_used_ms=2
         )
         pod.pod.reconciler.withdraw = _nothing  # type: ignore[method-assign]

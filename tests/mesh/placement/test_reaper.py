@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mesh.placement.learned_copies import LearnedCopies
 from mesh.placement.reaper import Reaper
 from mesh.placement.record_updates import RecordUpdates
 from mesh.registry.records import InstanceRecord
@@ -38,8 +39,10 @@ async def registry(tmp_path: Path) -> AsyncIterator[Registry]:
     for model_id in ("m", "n", "other"):
         await registry.models.register(model_id, INFO, last_used_ms=1)
     for pod_id in ("here", "dead", "young"):
-        await RecordUpdates(registry.models, pod_id).loading("m", INFO, started_ms=7, last_used_ms=1)
-    await RecordUpdates(registry.models, "dead").failed("n", "broke", at_ms=9)
+        await RecordUpdates(registry.models, pod_id, LearnedCopies(lambda: False)).loading(
+            "m", INFO, started_ms=7, last_used_ms=1
+        )
+    await RecordUpdates(registry.models, "dead", LearnedCopies(lambda: False)).failed("n", "broke", at_ms=9)
     yield registry
     await registry.close()
     await store.close()
@@ -54,7 +57,7 @@ async def test_reaper_clears_out_pods_that_are_away_for_long(registry: Registry)
     for now_s in (1.0, 600.0):
         await reaper.sweep(now_s)
         assert pods_of_m(registry) == ["dead", "here", "young"]
-    await RecordUpdates(registry.models, "young").gone("m")
+    await RecordUpdates(registry.models, "young", LearnedCopies(lambda: False)).gone("m")
     await reaper.sweep(601.0)
     m, n = registry.models.get("m"), registry.models.get("n")
     assert m is not None
@@ -63,7 +66,9 @@ async def test_reaper_clears_out_pods_that_are_away_for_long(registry: Registry)
     assert (n.failed_in, n.failures) == ({}, {})
     assert registry.models.get("other") == other_before
     # who comes back is announced anew, and starts from nothing if it leaves again
-    await RecordUpdates(registry.models, "dead").loading("m", INFO, started_ms=8, last_used_ms=1)
+    await RecordUpdates(registry.models, "dead", LearnedCopies(lambda: False)).loading(
+        "m", INFO, started_ms=8, last_used_ms=1
+    )
     await reaper.sweep(700.0)
     assert "dead" in pods_of_m(registry)
 

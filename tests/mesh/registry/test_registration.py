@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mesh.errors import InvalidRequest, MeshError
+from mesh.placement.learned_copies import LearnedCopies
 from mesh.placement.record_updates import RecordUpdates
 from mesh.registry.registration import check_name, model_info
 from mesh.registry.registry import Registry
@@ -68,7 +69,7 @@ async def test_registry_named_equals_find_named_after_any_change(seed: int, tmp_
                 case 6 | 7:
                     vmodel = registry.vmodels.get(one)
                     if vmodel is not None:  # from now on the name moves only when what it moves to is loaded
-                        await RecordUpdates(registry.models, "pod").loading(
+                        await RecordUpdates(registry.models, "pod", LearnedCopies(lambda: False)).loading(
                             vmodel.active_id, info_of(registry, vmodel.active_id), started_ms=1, last_used_ms=1
                         )
         except MeshError:
