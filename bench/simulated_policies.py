@@ -13,6 +13,7 @@ from mesh.placement.heartbeat import load_interval_s
 from mesh.placement.model_status import copy_state
 from mesh.placement.plan import PodView, plan
 from mesh.placement.usage import ModelUsage, Usage
+from mesh.registry.pod_changes import change_between
 from mesh.registry.records import InstanceRecord, ModelRecord, encode_record
 from mesh.routing.copy_selection import Candidate, choose
 
@@ -39,7 +40,8 @@ class RepertoryPolicy:
         self._values: dict[int, float] = {}  # decayed uses when a model was unloaded last: `use` of its record
         self._queued_since_s: dict[int, float] = {}
         self._queued: set[int] = set()
-        self._published_s: dict[str, float] = {}
+        self._published: dict[str, InstanceRecord] = {}
+        self._published_s: dict[str, float] = {}  # the whole record
 
     def choose(self, copies: list[SimCopy], caller: SimPod, now_s: float) -> SimCopy:
         if len(copies) == 1:
@@ -87,11 +89,11 @@ class RepertoryPolicy:
         self._views.pop(pod.instance_id, None)
         newest = next(reversed(pod.copies), None)
         of_model = 0 if newest is None else 2 * _model_record_bytes(newest, {pod.instance_id: 1 << 40})
-        return of_model + self._publish(pod, now_s)
+        return of_model + self._publish(pod, now_s, whole=False)
 
     def loaded(self, pod: SimPod, now_s: float) -> int:
         self._views.pop(pod.instance_id, None)
-        return self._publish(pod, now_s)
+        return self._publish(pod, now_s, whole=False)
 
     def tick(self, now_s: float) -> int:
         self._scale(now_s)
@@ -101,7 +103,7 @@ class RepertoryPolicy:
         ]
         for pod in due:
             self._views.pop(pod.instance_id, None)
-        return sum(self._publish(pod, now_s) for pod in due)
+        return sum(self._publish(pod, now_s, whole=True) for pod in due)
 
     def _scale(self, now_s: float) -> None:
         self._queued_since_s = {model: self._queued_since_s.get(model, now_s) for model in self._queued}
@@ -157,8 +159,7 @@ class RepertoryPolicy:
             )
         return view
 
-    def _publish(self, pod: SimPod, now_s: float) -> int:
-        self._published_s[pod.instance_id] = now_s
+    def _publish(self, pod: SimPod, now_s: float, *, whole: bool) -> int:
         record = InstanceRecord(
             start_time_ms=1 << 40,
             version=1_000_000,
@@ -172,9 +173,16 @@ class RepertoryPolicy:
             grpc_address="10.0.0.1:8033",
             http_address="10.0.0.1:8080",
             victim_use=1.23,
+            change_number=100,
+            reads_changes=True,
             copies={f"model-{model}": _state(is_loaded=copy.is_loaded(now_s)) for model, copy in pod.copies.items()},
         )
-        return _KEY_BYTES + len(encode_record(record))
+        published = self._published.get(pod.instance_id)
+        self._published[pod.instance_id] = record
+        change = None if whole or published is None else change_between(published, record, 100)
+        if change is None:
+            self._published_s[pod.instance_id] = now_s
+        return _KEY_BYTES + len(encode_record(record if change is None else change))
 
 
 def _state(*, is_loaded: bool) -> ModelState:

@@ -142,7 +142,7 @@ class AdminRoutes:
     async def pods(self, _: web.Request) -> web.Response:
         """List all pods. This pod's own figures are current; the registry's record of it is not rewritten with every request."""
         own_id, now = self._registry.instances.own_id, self._monitor.snapshot
-        pods = dict(self._registry.instances.table.items())
+        pods = dict(self._registry.instances.items())
         if own_id in pods:
             pods[own_id] = msgspec.structs.replace(
                 pods[own_id],

@@ -92,7 +92,7 @@ class CacheRoutes:
         if current_caller().is_peer:
             return []
         instances = self._registry.instances
-        pods = [(pod, record) for pod, record in instances.table.items() if pod != instances.own_id]
+        pods = [(pod, record) for pod, record in instances.items() if pod != instances.own_id]
         pods = [(pod, record) for pod, record in pods if record.http_address]
 
         async def answer(record: InstanceRecord) -> T | MeshError:

@@ -211,7 +211,7 @@ class ManagementService(rpc.ModelMeshServicer):
         lines += [f"Model {model_id}: {state.state}" for model_id, state in (own.copies.items() if own else ())]
         lines += [
             f"Instance {instance_id}: {pod.count} models, {pod.used_units} of {pod.capacity_units} units of 8 KiB"
-            for instance_id, pod in instances.table.items()
+            for instance_id, pod in instances.items()
         ]
         return pb.ModelStatusInfo(status=pb.ModelStatusInfo.UNKNOWN, errors=[f"CACHESTATE: {line}" for line in lines])
 
@@ -223,7 +223,7 @@ class ManagementService(rpc.ModelMeshServicer):
         instances = self._registry.instances
         peers = [copy.instance_id for copy in status.copies if copy.instance_id != instances.own_id]
         for instance_id in peers:
-            await instances.table.refresh(instance_id)
+            await instances.refresh(instance_id)
         return bool(peers)
 
     async def _vmodel_status(

@@ -1,7 +1,7 @@
 """Publishes this pod's record: its capacity, its copies and its load.
 
-Changes of state are published at once. The load, which changes with every request, is published every few seconds, and only in a mesh of
-several pods.
+Changes of state are published at once, and then only what changed is written. The load, which changes with every request, is published with the
+whole record every few seconds, and only in a mesh of several pods.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ from collections.abc import Callable
 import msgspec
 
 from common.changes import Changes
+from common.model_state import ModelState
 from mesh.errors import StoreError
 from mesh.placement.copies import LocalCopies
 from mesh.placement.model_status import copy_state
@@ -23,8 +24,10 @@ from mesh.types import RuntimeSnapshot
 logger = logging.getLogger(__name__)
 
 _LOAD_INTERVAL_S = 2.0
-_PODS_PER_INTERVAL = 50  # every pod receives each record, so that the interval grows with their number
+_PODS_PER_INTERVAL = 25  # every pod receives each record, so that the interval grows with their number
 _MIN_INTERVAL_S = 0.1
+_DIGITS = 3  # of fractions: every pod receives each record
+_FRACTIONS = tuple(figure.name for figure in msgspec.structs.fields(ModelState) if figure.type is float)
 
 
 class Heartbeat:
@@ -54,6 +57,9 @@ class Heartbeat:
         self._load_failures = load_failures
         self._shutting_down = False
         self._published: InstanceRecord | None = None
+        self._written: InstanceRecord | None = (
+            None  # the last one that was written whole, with the figures that can wait
+        )
 
     async def run(self) -> None:
         loads_at_s = 0.0
@@ -63,21 +69,18 @@ class Heartbeat:
             now_s = time.monotonic()
             num_pods = len(self._instances.table)
             due = now_s - loads_at_s >= load_interval_s(num_pods) and num_pods > 1
-            if (
-                self._published is None
-                or _without_load(record) != _without_load(self._published)
-                or (due and record != self._published)
-            ):
-                loads_at_s = now_s
-                await self._publish(record)
+            if self._has_changed(record) or (due and record != self._written):
+                if due:
+                    loads_at_s = now_s
+                await self._publish(record, whole=due)
             await asyncio.sleep(_MIN_INTERVAL_S)
             await self._changes.wait(_LOAD_INTERVAL_S, since=seen)
 
     async def flush(self) -> None:
         """Publish now if the record differs from the published one, so that the answer of a synchronous call is true at every pod."""
         record = self.record()
-        if self._published is None or _without_load(record) != _without_load(self._published):
-            await self._publish(record)
+        if self._has_changed(record):
+            await self._publish(record, whole=False)
 
     def leave(self) -> None:
         """Mark this pod as shutting down in its record: other pods stop placing models and sending requests here."""
@@ -88,10 +91,7 @@ class Heartbeat:
         models = {model.model_id: model for model in snapshot.models}
         usage = self._copies.usage()
         reports = {
-            # The mapping's keys are the ids, and every pod receives each record, so ids are not repeated.
-            copy.model_id: msgspec.structs.replace(
-                copy_state(copy.model_id, copy.state, copy.size_bytes, models.get(copy.model_id)), model_id=""
-            )
+            copy.model_id: _rounded(copy_state(copy.model_id, copy.state, copy.size_bytes, models.get(copy.model_id)))
             for copy in self._copies
         }
         return msgspec.structs.replace(
@@ -111,20 +111,31 @@ class Heartbeat:
             device_used_bytes=snapshot.device_used_bytes,
             host_budget_bytes=snapshot.host_budget_bytes,
             host_used_bytes=snapshot.host_used_bytes,
-            kv_usage=max((model.kv_usage for model in snapshot.models), default=0.0),
+            kv_usage=round(max((model.kv_usage for model in snapshot.models), default=0.0), _DIGITS),
             running=sum(model.running for model in snapshot.models),
             waiting=sum(model.waiting for model in snapshot.models),
-            tokens_per_s=sum(model.tokens_per_s for model in snapshot.models),
+            tokens_per_s=round(sum(model.tokens_per_s for model in snapshot.models), _DIGITS),
             copies=reports,
             used_ms={copy.model_id: copy.last_used_ms for copy in self._copies if copy.last_used_ms},
         )
 
-    async def _publish(self, record: InstanceRecord) -> None:
+    def _has_changed(self, record: InstanceRecord) -> bool:
+        """Return whether more than the load differs from what was published."""
+        return self._published is None or _without_load(record) != _without_load(self._published)
+
+    async def _publish(self, record: InstanceRecord, *, whole: bool) -> None:
         try:
-            await self._instances.publish(record)
+            if await self._instances.publish(record, whole=whole):
+                self._written = record
             self._published = record
         except StoreError as error:
             logger.warning("this pod's record could not be published: %s", error.message)
+
+
+def _rounded(report: ModelState) -> ModelState:
+    """Return the report as a record holds it: without the id, which is its key, and with few digits."""
+    fractions = {name: round(getattr(report, name), _DIGITS) for name in _FRACTIONS}
+    return msgspec.structs.replace(report, model_id="", **fractions)
 
 
 def load_interval_s(num_pods: int) -> float:

@@ -42,7 +42,7 @@ class Reaper:
     async def sweep(self, now_s: float) -> None:
         """Raises StoreError."""
         records = dict(self._registry.models.placed())
-        there = {pod_id for pod_id, _ in self._registry.instances.table.items()}
+        there = {pod_id for pod_id, _ in self._registry.instances.items()}
         if self._registry.instances.own_id not in there:
             # If this pod's own record is missing, the absence of others proves nothing.
             self._away_since_s.clear()

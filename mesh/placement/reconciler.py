@@ -54,7 +54,7 @@ class Reconciler:
 
     def start(self) -> None:
         self._registry.models.table.listen(self._record_changed)
-        self._registry.instances.table.listen(lambda *_: self._changes.notify())
+        self._registry.instances.listen(lambda *_: self._changes.notify())
         self._spawn(self._monitor.run())
         self._spawn(self._sweep_periodically())
 

@@ -24,7 +24,7 @@ def side_ports(
     """Return the configured ports, not started. `drained` is set when the pod has let its last request end."""
 
     def is_peer_leaving() -> bool:
-        return any(pod.shutting_down for pod_id, pod in instances.table.items() if pod_id != instance_id)
+        return any(pod.shutting_down for pod_id, pod in instances.items() if pod_id != instance_id)
 
     ports = []
     if config.probe_listen:

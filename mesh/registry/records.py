@@ -130,6 +130,8 @@ class InstanceRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
     tokens_per_s: float = field(default=0.0, name="tokensPerS")
     copies: Mapping[str, ModelState] = field(default_factory=dict)  # by model id
     used_ms: Mapping[str, int] = field(default_factory=dict, name="usedMs")  # last use of each copy, by model id
+    change_number: int = field(default=0, name="changeNumber")  # up to which PodChange the record is complete
+    reads_changes: bool = field(default=False, name="readsChanges")  # earlier releases do not read a PodChange
 
 
 R = TypeVar("R", bound=Record)

@@ -53,7 +53,12 @@ class Registry:
         self.models = Models(store, f"{root}/registry/")
         self.vmodels = VModels(store, f"{root}/vmodels/", self.models, default_owner=default_owner)
         self.instances = Instances(
-            store, f"{root}/instances/", own_id=instance_id, ttl_s=session_ttl_s, latch_prefix=f"{root}/leaderLatch/"
+            store,
+            f"{root}/instances/",
+            f"{root}/instanceChanges/",
+            own_id=instance_id,
+            ttl_s=session_ttl_s,
+            latch_prefix=f"{root}/leaderLatch/",
         )
         self.config_prefix = f"{root}/config/"
         self._named: tuple[NamedModel, ...] | None = None

@@ -93,7 +93,7 @@ class StoreContact:
 
     async def _ask_peers(self) -> list[float | None]:
         # Also those whose runtimes do not answer: they take registrations.
-        pods = [pod for pod_id, pod in self._instances.table.items() if pod_id != self._instances.own_id]
+        pods = [pod for pod_id, pod in self._instances.items() if pod_id != self._instances.own_id]
         pods = [pod for pod in pods if pod.http_address and not pod.shutting_down]
         return [
             answer

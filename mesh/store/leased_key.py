@@ -43,6 +43,10 @@ class LeasedKey:
             self._guard = asyncio.create_task(self._keep(), name=f"leased {self._key}")
         return await self._publish()
 
+    def remember(self, value: bytes) -> None:
+        """Replace the value that is put after a lost lease."""
+        self._value = value
+
     async def remove(self) -> None:
         """Delete the key. If the store does not answer, the key disappears when its lease expires, which is not waited for."""
         if self._guard is not None:

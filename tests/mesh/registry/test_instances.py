@@ -6,14 +6,15 @@ from contextlib import AsyncExitStack
 
 import grpc
 import pytest
+from msgspec.structs import replace
 
-from common.model_state import ModelState, Tier
-from mesh.registry.records import InstanceRecord
+from common.model_state import CopyState, ModelState, Tier
+from mesh.registry.records import InstanceRecord, decode_record, encode_record
 from mesh.registry.registration import model_info
 from mesh.registry.registry import Registry
 from mesh.store.etcd import EtcdStore
 from mesh.store.location import EtcdLocation
-from mesh.store.protocol import Store
+from mesh.store.protocol import Lease, Store
 from mesh.types import ModelInfo
 from tests.support.etcd import EtcdServer
 from tests.support.mesh_node import NOW_MS, running_node
@@ -162,3 +163,77 @@ async def test_registry_keys_are_those_of_modelmesh(stores: tuple[Store, Store])
 
 def smol() -> ModelInfo:
     return model_info("smol", "/m", {})
+
+
+LOADING = InstanceRecord(start_time_ms=1, grpc_address="a:1", copies={"m": ModelState(state=CopyState.LOADING)})
+LOADED = replace(LOADING, count=1, copies={"m": ModelState()})
+
+
+async def test_changes_of_a_record_reach_other_pods(stores: tuple[Store, Store]) -> None:
+    a, b = registry_of(stores[0], "a"), registry_of(stores[1], "b")
+    await a.start()
+    await b.start()
+    try:
+        await a.instances.publish(LOADING)
+        await until(lambda: b.instances.get("a") is not None)
+        heard: list[tuple[str, InstanceRecord | None]] = []
+        b.instances.listen(lambda pod_id, _, new: heard.append((pod_id, new)))
+        await a.instances.publish(LOADED, whole=False)
+        await b.instances.refresh("a")
+        seen = b.instances.get("a")
+        assert seen is not None
+        assert (seen.count, seen.copies) == (1, LOADED.copies)
+        assert heard == [("a", seen)]
+        assert b.instances.live() == b.instances.items() == [("a", seen)]
+        assert (await stores[1].get_prefix("/root/mm/svc/instances/")).entries[0].mod_revision < (
+            await stores[1].get_prefix("/root/mm/svc/instanceChanges/")
+        ).revision
+        # A pod that starts now reads the same from the two keys.
+        c = registry_of(stores[1], "c")
+        await c.start()
+        assert c.instances.get("a") == seen
+        await c.close()
+        await a.instances.publish(replace(LOADED, shutting_down=True), whole=False)
+        await until(lambda: b.instances.live() == [])
+    finally:
+        await a.close()
+        await until(lambda: b.instances.items() == [])
+        await b.close()
+
+
+async def test_record_is_written_whole_while_a_pod_of_an_earlier_release_is_there(stores: tuple[Store, Store]) -> None:
+    a = registry_of(stores[0], "a")
+    await a.start()
+    old = InstanceRecord(start_time_ms=2, grpc_address="old:1")
+    await stores[1].put("/root/mm/svc/instances/old", encode_record(old))
+    await until(lambda: a.instances.get("old") is not None)
+    try:
+        await a.instances.publish(LOADING)
+        await a.instances.publish(LOADED, whole=False)
+        entry = await stores[1].get("/root/mm/svc/instances/a")
+        assert entry is not None
+        assert decode_record(InstanceRecord, entry.value).copies == LOADED.copies
+    finally:
+        await a.close()
+
+
+async def test_changed_record_is_put_again_after_a_lost_lease(stores: tuple[Store, Store]) -> None:
+    a, b = registry_of(stores[0], "a"), registry_of(stores[1], "b")
+    await a.start()
+    await b.start()
+    try:
+        await a.instances.publish(LOADING)
+        await a.instances.publish(LOADED, whole=False)
+        await until(lambda: (seen := b.instances.get("a")) is not None and seen.count == 1)
+        entry = await stores[1].get("/root/mm/svc/instances/a")
+        assert entry is not None
+        gone: list[str] = []
+        b.instances.listen(lambda pod_id, _, new: gone.append(pod_id) if new is None else None)
+        await stores[1].revoke(Lease(entry.lease_id, 2.0))
+        await until(lambda: gone == ["a"] and b.instances.get("a") is not None)
+        seen = b.instances.get("a")
+        assert seen is not None
+        assert (seen.count, seen.copies) == (1, LOADED.copies)
+    finally:
+        await a.close()
+        await b.close()
