@@ -1,10 +1,12 @@
 """Provides the registry of one mesh: its three tables, and registered names on top of them."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import islice
 
-from mesh.access.caller import current_caller
+from mesh.access.caller import EVERY_MODEL, current_caller
 from mesh.errors import AlreadyExists, InvalidRequest, NotFound
 from mesh.registry.copy_settings import is_same_model
 from mesh.registry.instances import Instances
@@ -17,7 +19,8 @@ from mesh.store.protocol import Store
 from mesh.types import ModelInfo
 
 NAMES_IN_A_MESSAGE = 10
-_COMPARED_NAMES = 1000  # comparing one takes some 20 µs
+_ALL_COMPARED = 1000
+_BESIDE = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,20 +297,31 @@ class Registry:
             raise self._unknown(name)
 
     def _unknown(self, name: str) -> NotFound:
-        names = nearest_first(name, [other for other in self.names() if current_caller().may_use(other)])
-        shown = ", ".join(names[:NAMES_IN_A_MESSAGE]) + (
-            f" and {len(names) - NAMES_IN_A_MESSAGE} more" if len(names) > NAMES_IN_A_MESSAGE else ""
-        )
+        caller, known = current_caller(), self.names()
+        near = neighbours(name, known)
+        names = [other for other in near if caller.may_use(other)]
+        if not names and len(near) < len(known):
+            names = list(islice((other for other in known if caller.may_use(other)), NAMES_IN_A_MESSAGE + 1))
+        shown = nearest_first(name, names)[:NAMES_IN_A_MESSAGE]
+        num_left = len(known if caller.models == EVERY_MODEL else names) - len(shown)
+        is_counted = caller.models == EVERY_MODEL or len(near) == len(known)
+        more = (f" and {num_left} more" if is_counted else " and others") if num_left else ""
         return NotFound(
-            f"model not found: {name!r}; " + (f"served here: {shown}" if names else "no model is registered")
+            f"model not found: {name!r}; "
+            + (f"served here: {', '.join(shown)}{more}" if shown else "no model is registered")
         )
+
+
+def neighbours(name: str, names: Sequence[str]) -> Sequence[str]:
+    """Return the names that are compared with `name`: all, or of many sorted names those that stand beside it."""
+    if len(names) <= _ALL_COMPARED:
+        return names
+    at = bisect_left(names, name)
+    return names[max(0, at - _BESIDE) : at + _BESIDE]
 
 
 def nearest_first(name: str, names: Sequence[str]) -> list[str]:
-    """Return the names with those that are spelled like `name` first. Of many names only some with the same beginning are compared."""
-    compared = names
-    if len(names) > _COMPARED_NAMES:
-        compared = [other for other in names if other[:2].lower() == name[:2].lower()][:_COMPARED_NAMES]
-    by_folded = {other.lower(): other for other in compared}
+    """Return the names with those that are spelled like `name` first. Comparing one takes some 20 µs."""
+    by_folded = {other.lower(): other for other in names}
     near = [by_folded[match] for match in get_close_matches(name.lower(), by_folded, n=NAMES_IN_A_MESSAGE)]
     return [*near, *(other for other in names if other not in near)]

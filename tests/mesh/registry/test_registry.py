@@ -5,14 +5,17 @@ import functools
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh.errors import MeshError
-from mesh.registry.records import Failure, ModelRecord
+from mesh.access.caller import Caller, set_caller
+from mesh.errors import MeshError, NotFound
+from mesh.registry.records import Failure, ModelRecord, encode_record
 from mesh.registry.registration import model_info
 from mesh.registry.registry import Registry
 from mesh.store.embedded import EmbeddedStore
+from mesh.store.protocol import Put
 
 names = st.sampled_from(["a", "b", "c"])
 steps = st.one_of(
@@ -119,3 +122,22 @@ async def place(taken: list[tuple[str, ModelRecord | None]], directory: Path) ->
 def test_placed_models_are_those_whose_records_name_a_pod(taken: list[tuple[str, ModelRecord | None]]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         asyncio.run(place(taken, Path(directory)))
+
+
+async def test_refusal_of_an_unknown_name_quotes_names_beside_it(tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path)
+    await store.open()
+    registry = registry_of(store)
+    record = encode_record(ModelRecord(type="llm"))
+    await store.txn([], [Put(f"/mm/test/registry/org{number % 5}/model-{number}", record) for number in range(2000)])
+    await registry.start()
+    with pytest.raises(NotFound, match=r"served here: org3/model-1238, .* and 1990 more"):
+        registry.resolve("org3/model-1238x")
+    set_caller(Caller("key", models=("org4/*",)))
+    with pytest.raises(NotFound, match=r"served here: org4/model-1004, .* and others"):
+        registry.resolve("abc")
+    set_caller(Caller("key", models=("none/*",)))
+    with pytest.raises(NotFound, match="no model is registered"):
+        registry.resolve("abc")
+    await registry.close()
+    await store.close()
