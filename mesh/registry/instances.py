@@ -136,6 +136,8 @@ class Instances:
                 for change in changes
                 if change.start_time_ms == new.start_time_ms and change.number > new.change_number
             ]
+        elif instance_id == self.own_id:
+            self._own.put_again()
         self._combine(instance_id)
 
     def _change_seen(self, instance_id: str, _: PodChange | None, new: PodChange | None) -> None:

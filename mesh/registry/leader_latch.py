@@ -56,10 +56,14 @@ class LeaderLatch:
                         self._add(entry)
                     case EntryDeleted(key):
                         self._created.pop(key, None)
+                        if key == self._own_key:
+                            self._own.put_again()
                     case Relisted(listing):
                         self._created.clear()
                         for entry in listing.entries:
                             self._add(entry)
+                        if self._own_key not in self._created:
+                            self._own.put_again()
                         self._listed.set()
 
     def _add(self, entry: Entry) -> None:

@@ -47,6 +47,10 @@ class LeasedKey:
         """Replace the value that is put after a lost lease."""
         self._value = value
 
+    def put_again(self) -> None:
+        """Put the value again soon, because the key was deleted while its lease lives. Does nothing before `set` and after `remove`."""
+        self._published = False
+
     async def remove(self) -> None:
         """Delete the key. If the store does not answer, the key disappears when its lease expires, which is not waited for."""
         if self._guard is not None:

@@ -237,3 +237,22 @@ async def test_changed_record_is_put_again_after_a_lost_lease(stores: tuple[Stor
     finally:
         await a.close()
         await b.close()
+
+
+async def test_deleted_keys_of_a_live_pod_come_back(stores: tuple[Store, Store]) -> None:
+    """Someone deletes them with etcdctl. The lease lives on, and an idle pod has nothing else to write."""
+    a, b = registry_of(stores[0], "a"), registry_of(stores[1], "b")
+    await a.start()
+    await b.start()
+    try:
+        await a.instances.publish(LOADING)
+        await until(lambda: b.instances.get("a") is not None and a.instances.is_leader())
+        for key in ("/root/mm/svc/instances/a", "/root/mm/svc/leaderLatch/_a"):
+            assert await stores[1].delete(key)
+        await until(lambda: a.instances.get("a") is None and not a.instances.is_leader())
+        await until(lambda: b.instances.get("a") is not None and a.instances.is_leader())
+    finally:
+        await a.close()
+        await until(lambda: b.instances.items() == [])
+        await b.close()
+    assert (await stores[1].get_prefix("/root/mm/svc/leaderLatch/")).entries == ()
