@@ -13,11 +13,12 @@ class DecayedUses:
         self._now = 0
         self._values: dict[str, tuple[float, int]] = {}
 
-    def add(self, model_id: str) -> None:
-        """Count one use."""
-        value = self.of(model_id)
-        self._now += 1
-        self._values[model_id] = value * self._decay + 1.0, self._now
+    def add(self, model_id: str, count: int = 1) -> None:
+        """Count uses, one after the other."""
+        value, decay = self.of(model_id), self._decay**count
+        self._now += count
+        # The uses themselves are the geometric series 1 + decay + decay² + …
+        self._values[model_id] = value * decay + (1 - decay) / (1 - self._decay), self._now
         if len(self._values) > _MAX_MODELS:
             self._drop_negligible()
 

@@ -178,8 +178,7 @@ class LocalCopies:
 
     def count_carried(self, model_id: str, num_begun: int, *, is_local: bool) -> None:
         """Count requests that Envoy has carried since the last time, to this pod's copy if `is_local`, else to another pod's."""
-        for _ in range(num_begun):
-            self.uses.add(model_id)
+        self.uses.add(model_id, num_begun)
         if is_local:
             self._requests.add(time.monotonic(), num_begun)
             self.touch(model_id, epoch_ms())

@@ -1,6 +1,7 @@
 """Where models are loaded, when a failed one is tried again, and what is evicted first: properties of the pure policies."""
 
 import itertools
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -125,6 +126,17 @@ def test_uses_grow_with_each_use_and_fade_with_those_of_others(calls: list[str])
         assert all(uses.of(other) <= before[other] for other in "abcde" if other != model_id)
     total = sum(uses.of(model_id) for model_id in "abcde")
     assert total <= min(len(calls), 15)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 50)), max_size=20))
+def test_uses_counted_at_once_are_those_counted_one_by_one(calls: list[tuple[str, int]]) -> None:
+    at_once, one_by_one = DecayedUses(half_life_uses=10), DecayedUses(half_life_uses=10)
+    for model_id, count in calls:
+        at_once.add(model_id, count)
+        for _ in range(count):
+            one_by_one.add(model_id)
+    for model_id in "abc":
+        assert math.isclose(at_once.of(model_id), one_by_one.of(model_id), abs_tol=1e-9)
 
 
 def test_uses_prefer_the_frequent_to_the_recent_until_it_ages() -> None:
