@@ -111,7 +111,8 @@ class EnvoyControl:
 
     def _encoded(self, cluster: Cluster, peer_tls: PeerTls | None) -> _Encoded:
         known = self._clusters.get(cluster.name)
-        if known is not None and known.cluster == cluster and known.peer_tls == peer_tls:
+        is_known = known is not None and (known.cluster is cluster or known.cluster == cluster)
+        if known is not None and is_known and known.peer_tls == peer_tls:
             return known
         content = encoded(cluster, peer_tls)
         return _Encoded(cluster, peer_tls, hashlib.blake2b(content, digest_size=_VERSION_BYTES).hexdigest(), content)

@@ -10,7 +10,7 @@ from common.changes import Changes
 from common.model_state import CopyState
 from mesh.envoy.interfaces import ClusterFigures, ControlStream, EnvoyStats, KeyCalls
 from mesh.envoy.name_table import Names, listed_clusters, listed_names
-from mesh.envoy.plan import CarriedName, Carrier, Cluster, Here, Role, name_prefix, plan_clusters, withdrawn
+from mesh.envoy.plan import CarriedName, Carrier, Cluster, ClusterPlanner, Here, Role, name_prefix, withdrawn
 from mesh.envoy.view import CarriedNames
 from mesh.observability.metrics import Metrics
 from mesh.placement.copies import LocalCopies
@@ -64,6 +64,7 @@ class DataPlane:
         self._is_ready = is_ready
         self._write_files = write_files
         self._control: ControlStream | None = None
+        self._planner = ClusterPlanner()
         self._planned: dict[str, Cluster] = {}
         self._gone: dict[str, _Gone] = {}
         self._generation = 0
@@ -130,7 +131,7 @@ class DataPlane:
     def _publish(self) -> int:
         assert self._control is not None
         here, now_s = self._here(), time.monotonic()
-        planned = plan_clusters(self._names.list(), here)
+        planned = self._planner.plan(self._names.list(), here)
         for name, cluster in self._planned.items():
             if name not in planned:
                 plain = CarriedName(

@@ -6,7 +6,7 @@ one. The last tier is this pod's mesh, which takes the call as if it were the fi
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 _LOCAL_PATIENCE_S = (
@@ -84,6 +84,8 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
+    """`stat_name`: its name in Envoy's statistics, in which names may not hold every character. Each load counts from 0, under a name of its own."""
+
     name: str
     model_id: str
     carrier: Carrier
@@ -91,12 +93,11 @@ class Cluster:
     tiers: tuple[tuple[Endpoint, ...], ...]
     from_peers: bool = False
     generation: int = 0
+    stat_name: str = field(init=False)
 
-    @property
-    def stat_name(self) -> str:
-        """Its name in Envoy's statistics, in which names may not hold every character. Each load counts from 0, under a name of its own."""
-        text = f"{self.generation}/{self.name}"
-        return f"repertory_{self.role}_{hashlib.blake2b(text.encode(), digest_size=_STAT_BYTES).hexdigest()}"
+    def __post_init__(self) -> None:
+        digest = hashlib.blake2b(f"{self.generation}/{self.name}".encode(), digest_size=_STAT_BYTES).hexdigest()
+        object.__setattr__(self, "stat_name", f"repertory_{self.role}_{digest}")
 
 
 def name_prefix(carrier: Carrier, *, from_peers: bool) -> str:
@@ -113,6 +114,26 @@ def plan_clusters(names: Iterable[CarriedName], here: Here) -> dict[str, Cluster
     """Return the clusters by name. A name without a copy gets none, so that the mesh takes its calls."""
     clusters = (_cluster(carried, here) for carried in names if is_plain(carried.name))
     return {cluster.name: cluster for cluster in clusters if cluster is not None}
+
+
+class ClusterPlanner:
+    """Plans like `plan_clusters`, and keeps the clusters of names that have not changed: few of thousands do."""
+
+    def __init__(self) -> None:
+        self._here: Here | None = None
+        self._known: dict[tuple[str, Carrier, bool], tuple[CarriedName, Cluster | None]] = {}
+
+    def plan(self, names: Iterable[CarriedName], here: Here) -> dict[str, Cluster]:
+        """Return the clusters by name. An unchanged name has the same object as before."""
+        known = self._known if here == self._here else {}
+        self._here, self._known = here, {}
+        for carried in names:
+            key = carried.name, carried.carrier, carried.from_peers
+            entry = known.get(key)
+            if entry is None or entry[0] != carried:
+                entry = carried, next(iter(plan_clusters([carried], here).values()), None)
+            self._known[key] = entry
+        return {cluster.name: cluster for _, cluster in self._known.values() if cluster is not None}
 
 
 def withdrawn(carried: CarriedName, here: Here) -> Cluster:

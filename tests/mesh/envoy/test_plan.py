@@ -5,7 +5,17 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.envoy.plan import CarriedName, Carrier, Here, PeerCopy, Role, is_plain, plan_clusters, withdrawn
+from mesh.envoy.plan import (
+    CarriedName,
+    Carrier,
+    ClusterPlanner,
+    Here,
+    PeerCopy,
+    Role,
+    is_plain,
+    plan_clusters,
+    withdrawn,
+)
 
 HERE = Here(
     runtime={carrier: f"unix:/runtime-{carrier}" for carrier in Carrier},
@@ -47,6 +57,17 @@ def test_plan_has_a_cluster_for_each_name_with_a_copy(names: list[CarriedName]) 
         if is_plain(carried.name) and (carried.local_wait_s is not None or carried.peers)
     }
     assert plan_clusters(names, HERE).keys() == with_copy
+
+
+@given(st.lists(st.lists(CARRIED, max_size=6, unique_by=lambda carried: (carried.name, carried.carrier)), max_size=4))
+def test_planner_agrees_with_a_plan_from_nothing(turns: list[list[CarriedName]]) -> None:
+    planner = ClusterPlanner()
+    for number, names in enumerate(turns):
+        here = replace(HERE, peer_key=str(number // 2))
+        planned = planner.plan(names, here)
+        assert planned == plan_clusters(names, here)
+        again = planner.plan([replace(carried) for carried in names], replace(here))
+        assert all(again[name] is cluster for name, cluster in planned.items())
 
 
 @given(CARRIED)
