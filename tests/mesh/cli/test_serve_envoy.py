@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from mesh.cli.main import main
+from mesh.cli.serve_envoy import num_workers
 from mesh.client.admin import AdminClient
 from tests.support.envoy import short_directory
 from tests.support.stack import Mesh, free_port, load_and_wait, program, wait_ready
@@ -139,6 +140,10 @@ def _listens(address: str) -> bool:
         )
     except psutil.Error:
         return False
+
+
+def test_num_workers_is_bounded_on_large_machines() -> None:
+    assert [num_workers(cores) for cores in (1, 2, 128)] == [1, 2, 4]
 
 
 def test_serve_mesh_names_an_envoy_that_it_cannot_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
