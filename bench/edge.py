@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from bench import h2_load
-from bench.h2_load import Load, Run, frame
+from bench.h2_load import Load, Run, frame, grpc_load
 from tests.support import stack
 from wire.fmaas import generation_pb2
 
@@ -97,11 +97,11 @@ def serve() -> Iterator[list[Way]]:
 
 
 def unary() -> Load:
-    return Load(f"{SERVICE}/Generate", MODEL, MESSAGE, len(frame(MESSAGE)))
+    return grpc_load(f"{SERVICE}/Generate", MODEL, MESSAGE, len(frame(MESSAGE)))
 
 
 def stream() -> Load:
-    return Load(f"{SERVICE}/GenerateStream", MODEL, MESSAGE, len(frame(MESSAGE)) * EVENTS)
+    return grpc_load(f"{SERVICE}/GenerateStream", MODEL, MESSAGE, len(frame(MESSAGE)) * EVENTS)
 
 
 def measure(path: Way, load: Load, clients: int, seconds: float) -> Sample:
@@ -125,8 +125,9 @@ def compare(
     goal: Goal,
     base: str = BASE,
     ours: str = MESH,
+    kind: str = "",
 ) -> None:
-    """Print a row for each path. `per_call`: messages of a call, to which rate and CPU time are related. `goal`: of `ours` beside `base`."""
+    """Print a row for each path. `kind`: the call's, if it is not gRPC. `per_call`: messages of a call, to which rate and CPU time are related. `goal`: of `ours` beside `base`."""
     samples: dict[str, list[Sample]] = {path.name: [] for path in paths}
     for turn in range(turns):
         # Every other turn in the other order: what a turn's first path warms up does not always favour the same one.
@@ -140,7 +141,7 @@ def compare(
         pairs = zip(samples[name], samples[base], strict=True)
         return statistics.median(figure(own) / figure(theirs) for own, theirs in pairs)
 
-    kind = "unary" if per_call == 1 else f"stream of {per_call}"
+    kind = kind or ("unary" if per_call == 1 else f"stream of {per_call}")
     for path in paths:
         rate = median(path.name, lambda sample: sample.run.calls_per_s * per_call)
         p50, p99 = (median(path.name, figure) for figure in (_p50_s, _p99_s))
@@ -195,7 +196,7 @@ def churn(num_calls: int, *, with_envoy: bool) -> None:
 
         def call(name: str) -> Run:
             # The runtime sends the request's message back.
-            load = Load(f"{SERVICE}/Generate", name, MESSAGE, len(frame(MESSAGE)))
+            load = grpc_load(f"{SERVICE}/Generate", name, MESSAGE, len(frame(MESSAGE)))
             return load.calls(mesh.grpc, CHURN_CLIENTS // CHURN_MODELS, num_calls // CHURN_MODELS)
 
         with ThreadPoolExecutor() as threads:

@@ -70,13 +70,16 @@ def serve(answers: Mapping[str, bytes]) -> Iterator[str]:
 
 
 class Load:
-    """Calls one method by one model id. `answer_bytes`: of a complete answer, frames included."""
+    """Sends one request again and again. `answer_bytes`: of a complete answer, without its headers."""
 
-    def __init__(self, method: str, model_id: str, request: bytes, answer_bytes: int) -> None:
-        self._method = method
-        self._model_id = model_id
-        self._request = request
+    def __init__(
+        self, path: str, headers: Mapping[str, str], body: bytes, answer_bytes: int, *, http1: bool = False
+    ) -> None:
+        self._path = path
+        self._headers = headers
+        self._body = body
         self._answer_bytes = answer_bytes
+        self._http1 = http1
 
     def for_seconds(self, address: str, clients: int, seconds: float) -> Run:
         """Call for a time, with one connection and one call at a time for each client."""
@@ -89,13 +92,14 @@ class Load:
     def _run(self, address: str, clients: int, *extent: str) -> Run:
         with tempfile.TemporaryDirectory(prefix="repertory-h2-") as folder:
             log, body = Path(folder, "log"), Path(folder, "request")
-            body.write_bytes(frame(self._request))
+            body.write_bytes(self._body)
+            protocol = ("--h1",) if self._http1 else ("--max-concurrent-streams=1", f"--window-bits={_WINDOW_BITS}")
             done = subprocess.run(
                 [
-                    *("h2load", *extent, f"--clients={clients}", "--max-concurrent-streams=1", "--threads=1"),
-                    *(f"--data={body}", f"--log-file={log}", f"--window-bits={_WINDOW_BITS}"),
-                    *("--header=content-type: application/grpc", "--header=te: trailers"),
-                    *(f"--header=mm-model-id: {self._model_id}", f"http://{address}/{self._method}"),
+                    *("h2load", *extent, f"--clients={clients}", "--threads=1", *protocol),
+                    *(f"--data={body}", f"--log-file={log}"),
+                    *(f"--header={name}: {value}" for name, value in self._headers.items()),
+                    f"http://{address}{self._path}",
                 ],
                 check=True,
                 capture_output=True,
@@ -103,6 +107,12 @@ class Load:
             )
             took_s = [int(line.split("\t")[2]) / 1e6 for line in log.read_text().splitlines()]
         return _report(done.stdout, took_s, self._answer_bytes)
+
+
+def grpc_load(method: str, model_id: str, request: bytes, answer_bytes: int) -> Load:
+    """Return calls of a method, `package.Service/Method`, by one model id. `answer_bytes` include the frames."""
+    headers = {"content-type": "application/grpc", "te": "trailers", "mm-model-id": model_id}
+    return Load(f"/{method}", headers, frame(request), answer_bytes)
 
 
 def _report(text: str, took_s: list[float], answer_bytes: int) -> Run:
