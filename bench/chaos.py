@@ -1,6 +1,7 @@
-"""Breaks a mesh while it is called, and keeps a ledger of every call: `python -m bench.chaos [--seconds 45] [--rate 70] [SCENARIO …]`.
+"""Breaks a mesh while it is called, and keeps a ledger of every call: `python -m bench.chaos [--envoy] [--seconds 45] [--rate 70] [SCENARIO …]`.
 
-Four pods with room for 12 models each, 100 names by Zipf 0.9, loads of 0.5 s. The fault comes after 10 s.
+Four pods with room for 12 models each, 100 names by Zipf 0.9, loads of 0.5 s. The fault comes after 10 s. With `--envoy` each pod has an Envoy in front,
+and there are two more scenarios.
 """
 
 import argparse
@@ -48,6 +49,12 @@ SCENARIOS: Mapping[str, Callable[[Fleet], None]] = {
 }
 
 
+ENVOY_SCENARIOS: Mapping[str, Callable[[Fleet], None]] = {
+    "a pod's mesh is killed": lambda mesh: mesh.kill_mesh(_VICTIM),
+    "a pod's Envoy is killed": lambda mesh: mesh.kill_envoy(_VICTIM),
+}
+
+
 async def _break(mesh: Fleet, fault: Callable[[Fleet], None]) -> None:
     await asyncio.sleep(_FAULT_AT_S)
     await asyncio.to_thread(fault, mesh)
@@ -60,25 +67,30 @@ async def _call(mesh: Fleet, traffic: Traffic, fault: Callable[[Fleet], None]) -
     return ledger
 
 
-def run(name: str, seconds: float, rate: float) -> Summary:
+def run(name: str, seconds: float, rate: float, *, with_envoy: bool) -> Summary:
     with (
         tempfile.TemporaryDirectory() as folder,
-        fleet(Path(folder), num_pods=4, models_per_pod=12, load_s=0.5) as mesh,
+        fleet(Path(folder), num_pods=4, models_per_pod=12, load_s=0.5, with_envoy=with_envoy) as mesh,
     ):
         uvloop.run(register(mesh.pods[0], _MODELS))
         traffic = Traffic(_MODELS, zipf(len(_MODELS), 0.9), rate, seconds)
-        return summarise(uvloop.run(_call(mesh, traffic, SCENARIOS[name])), round(rate * seconds))
+        fault = {**SCENARIOS, **ENVOY_SCENARIOS}[name]
+        return summarise(uvloop.run(_call(mesh, traffic, fault)), round(rate * seconds))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.chaos")
-    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", default=list(SCENARIOS))
+    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", default=[])
+    parser.add_argument("--envoy", action="store_true", help="call the pods through an Envoy each")
     parser.add_argument("--seconds", type=float, default=45.0)
     parser.add_argument("--rate", type=float, default=70.0)
     arguments = parser.parse_args()
     print("scenario | calls | failed | wrong | hung | over 3 s | p50 | p95 | longest | statuses")
-    for name in arguments.scenarios:
-        found = run(name, arguments.seconds, arguments.rate)
+    known = [*SCENARIOS, *(ENVOY_SCENARIOS if arguments.envoy else ())]
+    if unknown := set(arguments.scenarios) - set(known):
+        parser.error(f"{', '.join(sorted(unknown))}: the scenarios are {', '.join(known)}")
+    for name in arguments.scenarios or known:
+        found = run(name, arguments.seconds, arguments.rate, with_envoy=arguments.envoy)
         cells = [
             name,
             str(found.num_calls),

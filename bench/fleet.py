@@ -74,13 +74,22 @@ class Fleet:
     def kill_runtime(self, number: int) -> None:
         self.runtimes[number].kill()
 
+    def kill_mesh(self, number: int) -> None:
+        """Kill the mesh of a pod with Envoy, which goes on."""
+        self.pods[number].kill_child("mesh.pod")
+
+    def kill_envoy(self, number: int) -> None:
+        self.pods[number].kill_child("envoy.json")
+
     def mute_runtime(self, number: int) -> None:
         self.runtimes[number].send_signal(signal.SIGUSR1)
 
 
 @contextlib.contextmanager
-def fleet(directory: Path, *, num_pods: int, models_per_pod: int, load_s: float) -> Iterator[Fleet]:
-    """Start the processes, and return when all pods are ready."""
+def fleet(
+    directory: Path, *, num_pods: int, models_per_pod: int, load_s: float, with_envoy: bool = False
+) -> Iterator[Fleet]:
+    """Start the processes, and return when all pods are ready. `with_envoy`: callers reach the pods through Envoy."""
     etcd = EtcdServer(directory)
     etcd.start()
     with contextlib.ExitStack() as stack:
@@ -108,6 +117,8 @@ def fleet(directory: Path, *, num_pods: int, models_per_pod: int, load_s: float)
                         runtime_grpc=f"unix:{folder}/runtime.sock",
                         runtime_http=f"unix:{folder}/http.sock",
                         log_requests=False,
+                        envoy="auto" if with_envoy else "",
+                        envoy_dir=f"{directory}/envoy{number}",
                     )
                 )
             )

@@ -78,11 +78,22 @@ class MeshProcess:
         return (self.directory / f"{self.instance_id}.log").read_text()
 
     def freeze(self) -> None:
-        """SIGSTOP: connections stay open and nothing answers, from the return of this call on."""
+        """SIGSTOP: connections stay open and nothing answers, from the return of this call on. With Envoy these are several processes."""
         freeze(self._running)
+        for child in self._children():
+            freeze(child)
 
     def thaw(self) -> None:
+        for child in self._children():
+            child.resume()
         self._running.send_signal(signal.SIGCONT)
+
+    def kill_child(self, word: str) -> None:
+        """Kill the process of a pod with Envoy whose command line has a word."""
+        next(child for child in self._children() if word in " ".join(child.cmdline())).kill()
+
+    def _children(self) -> list[psutil.Process]:
+        return psutil.Process(self._running.pid).children(recursive=True)
 
     def kill(self) -> None:
         if self.process is not None:
@@ -96,7 +107,7 @@ class MeshProcess:
         return self.process
 
 
-def freeze(process: "subprocess.Popen[bytes]") -> None:
+def freeze(process: "subprocess.Popen[bytes] | psutil.Process") -> None:
     process.send_signal(signal.SIGSTOP)
     seen = psutil.Process(process.pid)
     while seen.status() != psutil.STATUS_STOPPED:
