@@ -7,8 +7,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import quote
 
 import grpc
@@ -37,6 +36,7 @@ _SENDER_S = 0.05  # the sender learns of a failed write this long after the read
 _quoted = functools.lru_cache(maxsize=4096)(quote)  # callers repeat few names
 
 Rewrite = Callable[[bytes], bytes]
+Stub = TypeVar("Stub")
 ForwardedCall = grpc.aio.UnaryStreamCall[bytes, bytes] | grpc.aio.StreamStreamCall[bytes, bytes]
 
 
@@ -50,8 +50,7 @@ class ForwardingContext(Protocol):
     def write(self, message: bytes) -> Coroutine[Any, Any, None]: ...
 
 
-@dataclass(slots=True)
-class GrpcRequest:
+class GrpcRequest(msgspec.Struct):
     """One call of a client. `model_id` and the fields after it are filled in as they become known.
 
     `is_unary`: the method has one message each way. `invocations`: status code and duration in seconds of each call of the local runtime.
@@ -68,7 +67,7 @@ class GrpcRequest:
     first_s: float = 0.0  # until the first message of the response
     is_logged: bool = False  # by this pod's runtime
     response_bytes: int = 0
-    invocations: list[tuple[str, float]] = field(default_factory=list)
+    invocations: list[tuple[str, float]] = msgspec.field(default_factory=list)
 
 
 class GrpcOutcome(msgspec.Struct, frozen=True):
@@ -78,6 +77,21 @@ class GrpcOutcome(msgspec.Struct, frozen=True):
     details: str
     trailers: tuple[tuple[str, str | bytes], ...]
     message: bytes = b""
+
+
+class _Stubs(Generic[Stub]):
+    """Stubs of known methods by address and method. An address gets a new channel when the certificate towards other pods changes."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], tuple[grpc.aio.Channel, Stub]] = {}
+
+    def get(self, target: Target, method: str, channel: grpc.aio.Channel, make: Callable[[str], Stub]) -> Stub:
+        """Return the stub of the channel to a target, from `make` if it is a new one."""
+        of_channel, stub = self._known.get((target.grpc_address, method), (None, None))
+        if stub is None or of_channel is not channel:
+            stub = make(f"/{method}")
+            self._known[target.grpc_address, method] = channel, stub
+        return stub
 
 
 class GrpcForwarder:
@@ -90,10 +104,8 @@ class GrpcForwarder:
         self._metrics = metrics
         self._peers = peers
         self._limits = limits
-        # By address and method. An address gets a new channel when the certificate towards other pods changes.
-        self._unary_stubs: dict[
-            tuple[str, str], tuple[grpc.aio.Channel, grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]]
-        ] = {}
+        self._unary_stubs = _Stubs[grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]]()
+        self._stream_stubs = _Stubs[grpc.aio.UnaryStreamMultiCallable[bytes, bytes]]()
 
     async def forward(
         self, request: GrpcRequest, attempt: Attempt, inbound: ReplayBuffer, context: ForwardingContext
@@ -101,15 +113,13 @@ class GrpcForwarder:
         """Forward the request and relay the response. Sets the attempt's `is_committed` and `failure`."""
         started_s = time.monotonic()
         call, sending = self._start(request, attempt, inbound, context.time_remaining())
+        attempt.cancel_when_lost(call.cancel)
         try:
-            try:
-                async with attempt.until_lost():
-                    await self._relay(request, attempt, call, inbound, context)
-            except TimeoutError:
-                call.cancel()
+            await self._relay(request, attempt, call, inbound, context)
+            code = await call.code()
+            if attempt.is_lost and code is grpc.StatusCode.CANCELLED:
                 attempt.is_committed = attempt.is_committed or not inbound.replayable
                 return _lost(attempt)
-            code = await call.code()
             if attempt.target.local:
                 request.invocations.append((code.name, time.monotonic() - started_s))
             if sending is not None and (error := _error_of(sending)) is not None:
@@ -134,7 +144,8 @@ class GrpcForwarder:
         started_s = time.monotonic()
         target = attempt.target
         rewrite = self._rewrite(request.method, attempt)
-        call = self._unary_stub(target, request.method)(
+        channel = self._channel(target)
+        call = self._unary_stubs.get(target, request.method, channel, channel.unary_unary)(
             rewrite(message) if rewrite else message,
             metadata=self._metadata(request, attempt),
             timeout=context.time_remaining(),
@@ -203,7 +214,7 @@ class GrpcForwarder:
         metadata, channel = self._metadata(request, attempt), self._channel(attempt.target)
         rewrite = self._rewrite(request.method, attempt)
         if inbound.only is not None:
-            single: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(f"/{request.method}")
+            single = self._stream_stubs.get(attempt.target, request.method, channel, channel.unary_stream)
             message = rewrite(inbound.only) if rewrite else inbound.only
             return single(message, metadata=metadata, timeout=timeout_s), None
         stub: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(f"/{request.method}")
@@ -212,14 +223,6 @@ class GrpcForwarder:
         # A request that cannot be sent gets no response.
         sending.add_done_callback(lambda task: call.cancel() if _error_of(task) else None)
         return call, sending
-
-    def _unary_stub(self, target: Target, method: str) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
-        channel = self._channel(target)
-        known_channel, stub = self._unary_stubs.get((target.grpc_address, method), (None, None))
-        if stub is None or known_channel is not channel:
-            stub = channel.unary_unary(f"/{method}")
-            self._unary_stubs[target.grpc_address, method] = channel, stub
-        return stub
 
     def _channel(self, target: Target) -> grpc.aio.Channel:
         return self._connections.grpc(target.grpc_address, of_pod=not target.local)

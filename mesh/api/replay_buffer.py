@@ -13,6 +13,19 @@ ServerContext = grpc.aio.ServicerContext[Any, Any]
 class ReplayBuffer:
     """`memory` accounts for the kept messages. `max_kept_bytes`: a request with more bytes is not kept and cannot be replayed. `only`: the message of a method that takes exactly one."""
 
+    __slots__ = (
+        "_context",
+        "_dropped",
+        "_ended",
+        "_keep",
+        "_kept",
+        "_left_bytes",
+        "_memory",
+        "_reading",
+        "only",
+        "received_bytes",
+    )
+
     def __init__(
         self, context: ServerContext, memory: HeldMemory, max_kept_bytes: int, *, only: bytes | None = None
     ) -> None:

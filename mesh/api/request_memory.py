@@ -20,6 +20,8 @@ class RequestMemory:
 class HeldMemory:
     """The bytes that one request holds until `close`."""
 
+    __slots__ = ("_held_bytes", "_memory")
+
     def __init__(self, memory: RequestMemory) -> None:
         self._memory = memory
         self._held_bytes = 0

@@ -103,8 +103,9 @@ def belongs_to(model_id: str, name: str) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=16_384)
 def name_in(model_id: str) -> str:
-    """Return the name that an id was made from, or the id itself if it was not made from a name."""
+    """Return the name that an id was made from, or the id itself if it was not made from a name. Each call needs it for several metrics."""
     return _CONCRETE.sub("", model_id) or model_id
 
 

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
 from typing import Protocol
@@ -46,8 +45,7 @@ class Outcome(StrEnum):
     UNKNOWN = "unknown"  # the failure does not concern the copy's health
 
 
-@dataclass(slots=True, eq=False)
-class Attempt:
+class Attempt(msgspec.Struct, eq=False):
     """One target. The carrier sets `failure`, and calls `begin_response` with the first part of the response.
 
     `is_committed`: a part of the response has reached the caller, or the request cannot be repeated.
@@ -55,14 +53,14 @@ class Attempt:
 
     model_id: str
     target: Target
-    failure: Failure | None = field(default=None, init=False)
-    is_committed: bool = field(default=False, init=False)
-    is_lost: bool = field(default=False, init=False)
-    started_s: float = field(default_factory=time.monotonic, init=False)
-    first_byte_s: float | None = field(default=None, init=False)
-    has_ended: bool = field(default=False, init=False)
-    _scope: asyncio.Timeout | None = field(default=None, init=False)
-    _cancel: Callable[[], object] | None = field(default=None, init=False)
+    failure: Failure | None = None
+    is_committed: bool = False
+    is_lost: bool = False
+    started_s: float = msgspec.field(default_factory=time.monotonic)
+    first_byte_s: float | None = None
+    has_ended: bool = False
+    _scope: asyncio.Timeout | None = None
+    _cancel: Callable[[], object] | None = None
 
     def begin_response(self) -> None:
         """Note that the first part of the response has arrived, which goes to the caller."""
@@ -128,6 +126,8 @@ class Routes(Protocol):
 
 class Attempts:
     """Iterates over attempts and owns what they share: the retry budget, the in-flight count and the concrete model."""
+
+    __slots__ = ("_attempt", "_budget", "_request", "_routes", "is_waiting", "model_id")
 
     def __init__(self, routes: Routes, request: RoutingRequest) -> None:
         self._routes = routes
