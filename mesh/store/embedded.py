@@ -123,8 +123,8 @@ class EmbeddedStore:
                 for event in batch:
                     if isinstance(event, Relisted) or _key_of(event).startswith(prefix):
                         yield event
-                # A listing of 100,000 entries must not stay in memory until the next event.
-                del batch, event
+                    del event  # a listing of 100,000 entries must not stay in memory until the next event
+                del batch
         finally:
             self._watches.discard(queue)
 

@@ -145,8 +145,8 @@ def engine_seed(seed: int, offset: int = 0) -> int:
 def within_float32(model: ServedModel, sampling: SamplingParams) -> SamplingParams:
     """Return equivalent parameters that the engine's float32 and int32 words can hold.
 
-    An infinity would fail the step of every other request in the batch. A temperature too small to leave a second token any chance becomes
-    greedy; a top-k that drops nothing is switched off.
+    Infinite scores would end the request with an error. A temperature that is too small for a second token to have any chance becomes
+    greedy, and a top-k that drops no token is switched off.
     """
     return msgspec.structs.replace(
         sampling,

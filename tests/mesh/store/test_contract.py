@@ -168,6 +168,15 @@ async def test_watch_from_a_revision_replays(store: Store, root: str) -> None:
     assert isinstance(got[1], EntryDeleted)
 
 
+async def test_watch_from_the_next_revision_waits_for_it(store: Store, root: str) -> None:
+    revision = await store.put(root + "a", b"1")
+    async with aclosing(store.watch(root, revision + 1)) as events:
+        watching = asyncio.create_task(take(events, 1))
+        await asyncio.sleep(0.05)
+        put = await store.put(root + "b", b"2")
+        assert await watching == [EntryPut(Entry(root + "b", b"2", put, put))]
+
+
 async def test_watch_after_a_listing_misses_nothing(store: Store, root: str) -> None:
     """A writer that never stops: listing plus events after it is the same as everything written."""
     stop = asyncio.Event()
