@@ -84,6 +84,8 @@ class LocalLoads:
         )
         self._admission = Admission(copies, changes, self._unloads, busy_s)
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._deferred: set[str] = set()  # models whose loads began before there was room
+        self._num_early = 0  # loads that ended before their room was made, in room that may have been made for others
         # Measured sizes by model id: a model that is loaded again needs no prediction.
         self._sizes_bytes: dict[str, int] = {}
         self.times = LoadTimes()
@@ -259,6 +261,7 @@ class LocalLoads:
         if urgent and self._reports_states() and self._admission.must_evict(copy, size_bytes):
             expected_s = self._preparation_times.expected_s(copy.model_id, size_bytes)
             room = DeferredRoom(self._admission, self._changes, copy, size_bytes, expected_s)
+            self._deferred.add(copy.model_id)
         else:
             with contextlib.closing(self._admission.demand_for(copy)) as demand:
                 await self._admission.admit(copy, size_bytes, demand, urgent=urgent, since_s=started_s)
@@ -266,12 +269,14 @@ class LocalLoads:
             await self._load_measured(copy, room)
         finally:
             if room is not None:
+                self._deferred.discard(copy.model_id)
                 await room.close()
 
     async def _load_measured(self, copy: LocalCopy, room: DeferredRoom | None) -> None:
         self._copies.set_state(copy, CopyState.LOADING)
         started_s = time.monotonic()
         answer = await self._load_on_runtime(copy, room)
+        self._num_early += room is not None and not room.is_made
         elapsed_s = time.monotonic() - started_s
         copy.size_bytes, copy.max_concurrency = answer.size_bytes or copy.size_bytes, answer.max_concurrency
         self._sizes_bytes[copy.model_id] = copy.size_bytes
@@ -285,12 +290,13 @@ class LocalLoads:
 
         A runtime that needs the deferred `room` before that has been made keeps the files, so that its second load is short.
         Models that the runtime holds and this pod does not know are unloaded first, then idle ones are evicted. If all are in use, wait for one.
-        Raises LoadFailed if the runtime has no space after as many bytes were evicted as the model is booked with: then it
-        lacks something that evictions do not free.
+        Raises LoadFailed if the runtime has no space after as many bytes were evicted as the model is booked with, and as much again for each load
+        that took space before its own was made: then it lacks something that evictions do not free.
         """
         give_up_s = time.monotonic() + _RUNTIME_RETRY_S
         give_up_room_s = time.monotonic() + ROOM_TIMEOUT_S
         evicted_bytes = 0
+        num_early, has_paused = self._num_early, False
         while True:
             await self._ready.wait()
             had_room = room is None or room.is_made
@@ -310,11 +316,17 @@ class LocalLoads:
                     continue
                 if await self._unload_unknown():
                     continue
+                others = self._deferred - {copy.model_id}
                 victim = next(iter(self._copies.idle()), None)
-                if victim is None and self._has_busy_copy(copy) and time.monotonic() < give_up_room_s:
+                if victim is None and (others or self._has_busy_copy(copy)) and time.monotonic() < give_up_room_s:
                     await self._changes.wait(_RECHECK_ROOM_S)
                     continue
-                if victim is None or evicted_bytes >= max(1, copy.size_bytes):
+                is_enough = evicted_bytes >= max(1, copy.size_bytes) * (1 + self._num_early - num_early)
+                if is_enough and others and not has_paused:
+                    has_paused = True  # the answer to the load that took the space may arrive after this refusal
+                    await asyncio.sleep(_RETRY_PAUSE_S)
+                    continue
+                if victim is None or is_enough:
                     raise LoadFailed(f"{error.code}: {error.detail}", model=copy.model_id) from None
                 logger.warning("%s; unloading %s for it", error.message, victim.model_id)
                 evicted_bytes += victim.size_bytes
