@@ -50,7 +50,7 @@ def run_in_terminal(
         stderr=inner,
         env={**_plain_environment(), **(environment or {})},
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=_take_terminal,
     )
     os.close(inner)
     pending, raw, seen = list(typed), "", 0
@@ -77,6 +77,12 @@ def run_in_terminal(
         process.wait()
         os.close(terminal)
     return Screen(screen_text(raw), raw, status)
+
+
+def _take_terminal() -> None:
+    """Make standard input the controlling terminal, and let Ctrl-C interrupt, which a shell switches off for programs in the background."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def screen_text(raw: str) -> str:
