@@ -2,7 +2,7 @@
 #
 #   make demo     several real models by name under a budget too small for all of them
 #   make clients  the environments of clients that clash with the project's own; also part of make test
-#   make test     the tests; T=tests/mesh picks some, ARGS='-k name -x' goes to pytest
+#   make test     the tests; T=tests/mesh picks some, ARGS='-k name -x' goes to pytest, ARGS=--long adds the cases marked long
 #   make modelmesh   ModelMesh's recorded answers, played against 1, 2 and 3 pods over a real etcd; also part of make test
 #   make check    ruff, mypy, import-linter, and wire/ equal to what proto/ generates
 #   make proto    regenerate wire/ from proto/

@@ -27,11 +27,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     return LaneScheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Measure coverage in the first cases of each parametrised test only, and begin with slow files. All cases run.
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also run the cases marked long, and longer random lives")
 
-    A worker that begins a long file last would keep the others waiting for it.
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out long cases without `--long`, begin with slow files, and measure coverage in the first cases of each parametrised test only.
+
+    A worker that begins a slow file last would keep the others waiting for it.
     """
+    if not config.getoption("--long"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
     num_cases: Counter[str] = Counter()

@@ -22,6 +22,8 @@ from tests.support import stack, tgis_client
 from tests.support.checkpoints import tiny_llama
 from wire.fmaas import generation_pb2 as fmaas
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "The company keeps many plays ready"
 
 

@@ -18,7 +18,7 @@ from runtime.engine.kernels.scratch import Scratch
 SOURCES = [
     (linear4_cuda.SOURCE, ()),
     (linear4_wgmma.SOURCE, ("IS_HALF=false",)),
-    (linear4_wgmma.SOURCE, ("IS_HALF=true",)),
+    pytest.param(linear4_wgmma.SOURCE, ("IS_HALF=true",), marks=pytest.mark.long),
     (attention_cuda.SOURCE, ("HEAD_DIM=128", "HALF=false", "TILES=1", "WARPS=8", "STAGES=3")),
     (attention_cuda.SOURCE, ("HEAD_DIM=128", "HALF=true", "TILES=2", "WARPS=8", "STAGES=2")),
     (attention_cuda.SOURCE, ("HEAD_DIM=256", "HALF=false", "TILES=1", "WARPS=4", "STAGES=2")),

@@ -14,6 +14,8 @@ from mesh.client.admin import Fit
 from tests.support.admin_server import AdminServer, sample_cache, sample_caches, sample_models, sample_pods
 from tests.support.terminal import Screen, run_in_terminal
 
+pytestmark = pytest.mark.slow
+
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 LONG = "meta-llama/Llama-3.1-8B-Instruct-for-customer-support"
 _RANDOM = re.compile(r"(?<=shown only now: )\S+|\b[0-9a-f]{64}\b")

@@ -22,6 +22,8 @@ from tests.support.etcd import EtcdServer, free_port
 from tests.support.modelmesh_replay import Pods, replay
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 CONSTRAINTS = {
     "rt:gpu": {"required": ["gpu"]},

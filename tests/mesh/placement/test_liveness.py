@@ -21,6 +21,8 @@ from tests.support.waiting import until, until_async
 from wire.mmesh import model_mesh_pb2 as mm
 from wire.mmesh.model_mesh_pb2_grpc import ModelMeshStub
 
+pytestmark = pytest.mark.slow
+
 FOR_M = (("mm-model-id", "m"),)
 
 

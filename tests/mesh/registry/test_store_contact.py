@@ -18,6 +18,8 @@ from tests.support.tcp_proxy import tcp_proxy
 from tests.support.waiting import until
 from wire.mmesh import model_mesh_pb2 as mm
 
+pytestmark = pytest.mark.slow
+
 silences = st.floats(0, 1000)
 
 

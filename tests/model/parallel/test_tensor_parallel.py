@@ -18,6 +18,8 @@ from tests.support.families import family
 from tests.support.llama_checkpoints import tiny_llama
 from tests.support.oracle import prompts, reference
 
+pytestmark = pytest.mark.slow
+
 CONFIG = {"device": "cpu", "max_rows": 16, "max_batch_tokens": 64, "slab_bytes": 1 << 20, "num_threads": 1}
 
 
@@ -58,7 +60,8 @@ def texts(running: Engine, model_id: str, asked: list[list[int]]) -> list[list[i
         ("qwen3", 2),
         ("gemma3", 2),
         ("granite", 2),
-        pytest.param("qwen3", 4, id="one KV head on four ranks"),
+        # the base of the adapters' test on four ranks is this one
+        pytest.param("qwen3", 4, id="one KV head on four ranks", marks=pytest.mark.long),
     ],
 )
 def test_text_of_several_ranks_equals_transformers(name: str, ranks: int, pair: Engine, tmp_path: Path) -> None:

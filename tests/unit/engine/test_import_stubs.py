@@ -61,12 +61,8 @@ def run(program: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_light_imports_leave_the_compiler_out_for_later_models_too() -> None:
-    run(LIGHT + LATER)
-
-
-def test_light_imports_put_everything_back() -> None:
-    run(LIGHT + RESTORED + COMPILER)
+def test_light_imports_leave_the_compiler_out_for_later_models_and_put_everything_back() -> None:
+    run(LIGHT + LATER + RESTORED + COMPILER)
 
 
 def test_light_imports_put_everything_back_after_an_error() -> None:

@@ -317,13 +317,13 @@ async def test_pack_fp8_scales_rows_to_the_largest_code(preparation: CheckpointP
     assert bool(((codes * scale[:, None] - weight).abs() <= 2**-4 * weight.abs() + 2**-9 * scale[:, None]).all())
 
 
-async def test_preparer_cleans_up_after_a_failed_pack(apart: CheckpointPreparer, tmp_path: Path) -> None:
+async def test_preparer_cleans_up_after_a_failed_pack(preparation: CheckpointPreparer, tmp_path: Path) -> None:
     tiny_llama(tmp_path / "m")
     weights = load_file(tmp_path / "m" / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, tmp_path / "m" / "model.safetensors", {"format": "pt"})
     with pytest.raises(LoadFailed, match=r"model\.norm\.weight"):
-        await prepare(apart, tmp_path / "m", quantize=Quantization.INT8)
+        await prepare(preparation, tmp_path / "m", quantize=Quantization.INT8)
     assert not list((tmp_path / "cache" / "packed").iterdir())
 
 
