@@ -15,8 +15,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton's own library is imported, by whichever module comes first
 
 # Measuring branches makes Python code up to 2.6 times as slow. Many tests have a case for each family of models, whose branches count, so the limit
-# is above their number; it leaves out most cases of the kernels, the schemas and the random lives.
-_MEASURED_CASES = 10
+# is above their number; it leaves out most cases of the kernels and the schemas. Cases that differ in a random seed run the same code.
+_MEASURED_CASES, _MEASURED_SEEDS = 10, 2
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -45,7 +45,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         function = item.nodeid.partition("[")[0]
         num_cases[function] += 1
-        if num_cases[function] > _MEASURED_CASES:
+        has_seed = isinstance(item, pytest.Function) and hasattr(item, "callspec") and "seed" in item.callspec.params
+        if num_cases[function] > (_MEASURED_SEEDS if has_seed else _MEASURED_CASES):
             item.add_marker(pytest.mark.no_cover)
 
 
