@@ -19,6 +19,16 @@ if not torch.cuda.is_available():
 _MEASURED_CASES, _MEASURED_SEEDS = 10, 2
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the worker of the files that wait the cores before the others: its tests have timeouts of a second or less."""
+    worker = getattr(config, "workerinput", None)
+    if worker is not None:
+        from tests.support.lanes import is_waiting_worker
+
+        if not is_waiting_worker(worker["workerid"], worker["workercount"]):
+            os.nice(5)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     """Replace `--dist loadfile` by lanes of files that compute and files that wait."""

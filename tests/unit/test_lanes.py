@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.lanes import next_file
+from tests.support.lanes import is_waiting_worker, next_file
 
 COMPUTING, WAITING = "tests/kernels/test_a.py", "tests/mesh/api/test_b.py"
 
@@ -19,3 +19,7 @@ COMPUTING, WAITING = "tests/kernels/test_a.py", "tests/mesh/api/test_b.py"
 )
 def test_next_file_is_of_the_workers_lane_while_it_has_one(queue: tuple[str, ...], waits: bool, wanted: str) -> None:
     assert next_file(queue, waits=waits) == wanted
+
+
+def test_is_waiting_worker_is_true_of_the_last() -> None:
+    assert [is_waiting_worker(f"gw{number}", 3) for number in range(3)] == [False, False, True]
