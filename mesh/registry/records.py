@@ -181,6 +181,8 @@ def decode_record(kind: type[R], data: bytes) -> R:
         record = msgspec.structs.replace(record, failures=_failures(known[_FAILURES]))
     if isinstance(record, ModelRecord):
         _share(record)
+    if isinstance(record, VModelRecord) and not record.is_moving:
+        msgspec.structs.force_setattr(record, "target_id", record.active_id)
     return msgspec.structs.replace(record, unknown=unknown) if unknown else record
 
 

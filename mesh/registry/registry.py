@@ -66,7 +66,7 @@ class Registry:
         self.config_prefix = f"{root}/config/"
         self._named: tuple[NamedModel, ...] | None = None
         self._names: tuple[str, ...] | None = None
-        self._pointing: dict[str, set[str]] = {}  # the vmodels whose active or target model an id is
+        self._pointing: dict[str, tuple[str, ...]] = {}  # the vmodels, sorted, whose active or target model an id is
         self.models.table.listen(self._model_changed)
         self.vmodels.table.listen(self._vmodel_changed)
 
@@ -200,16 +200,15 @@ class Registry:
 
     def pointing_at(self, model_id: str) -> list[str]:
         """Return the vmodels whose active or target model this is, sorted."""
-        return sorted(self._pointing.get(model_id, ()))
+        return list(self._pointing.get(model_id, ()))
 
     def _vmodel_changed(self, name: str, old: VModelRecord | None, new: VModelRecord | None) -> None:
         for model_id in {old.active_id, old.target_id} if old is not None else ():
-            names = self._pointing.get(model_id, set())
-            names.discard(name)
-            if not names:
-                self._pointing.pop(model_id, None)
+            names = tuple(other for other in self._pointing.pop(model_id, ()) if other != name)
+            if names:
+                self._pointing[model_id] = names
         for model_id in {new.active_id, new.target_id} if new is not None else ():
-            self._pointing.setdefault(model_id, set()).add(name)
+            self._pointing[model_id] = tuple(sorted({*self._pointing.get(model_id, ()), name}))
         self._named = self._names = None
 
     def _model_changed(self, _: str, old: ModelRecord | None, new: ModelRecord | None) -> None:
