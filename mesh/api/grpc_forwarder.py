@@ -31,6 +31,7 @@ from mesh.types import RuntimeLimits, Target
 
 _MIN_WAIT_S = 0.001
 _OK = grpc.StatusCode.OK
+_LOST_STATUS = "Internal error from Core"
 _SENDER_S = 0.05  # the sender learns of a failed write this long after the reader at most
 
 _quoted = functools.lru_cache(maxsize=4096)(quote)  # callers repeat few names
@@ -157,7 +158,7 @@ class GrpcForwarder:
             if target.local:
                 request.invocations.append((error.code().name, time.monotonic() - started_s))
             code, details = error.code(), error.details() or ""
-            attempt.failure = _failure_of(code, details)
+            attempt.failure = Failure.STATUS_LOST if _has_lost_status(code, details) else _failure_of(code, details)
             trailers = _trailers(request, attempt, error.trailing_metadata())
             return GrpcOutcome(code, _details(request, attempt, code, details), trailers)
         except asyncio.CancelledError:
@@ -294,6 +295,11 @@ async def _failure(code: grpc.StatusCode, details: str, sending: asyncio.Task[bo
         if sending.done() and not sending.cancelled() and sending.result():
             return Failure.STATUS_LOST
     return _failure_of(code, details)
+
+
+def _has_lost_status(code: grpc.StatusCode, details: str) -> bool:
+    """Return whether grpc.aio replaced the call's status, because the target ended the call before the message was sent. Only the text says so."""
+    return code is grpc.StatusCode.INTERNAL and details == _LOST_STATUS
 
 
 def _failure_of(code: grpc.StatusCode, details: str) -> Failure | None:

@@ -15,10 +15,12 @@ _REFUSED_S = 10.0  # a pod that was asked to load a model and then does not have
 
 @dataclass(slots=True)
 class _Learned:
-    """Of one model: when each pod began a load, when pods lost it after they were asked to load it, and this pod's failures. Times by pod."""
+    """Of one model: when each pod began a load, which loads that the record lists are lost, when pods lost the model after they were asked to load
+    it, and this pod's failures. Times by pod.
+    """
 
     gained_ms: dict[str, int] = field(default_factory=dict)
-    lost: set[str] = field(default_factory=set)
+    lost_ms: dict[str, int] = field(default_factory=dict)
     refused_s: dict[str, float] = field(default_factory=dict)
     failed_ms: dict[str, int] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
@@ -35,12 +37,12 @@ class LearnedCopies:
         """Enter that a pod has the model or loads it, as it has answered."""
         if learned := self._of(model_id):
             learned.gained_ms[instance_id] = epoch_ms()
-            learned.lost.discard(instance_id)
 
-    def lost(self, model_id: str, instance_id: str) -> None:
-        """Enter that a pod answered that it does not have the model."""
-        if learned := self._of(model_id):
-            learned.lost.add(instance_id)
+    def lost(self, model_id: str, instance_id: str, since_ms: int) -> None:
+        """Enter that a pod answered that it does not have the model. `since_ms`: the pod's time in the model's record, 0 if it is not listed."""
+        # What was learned before must not outlive its truth either when the store is back.
+        if learned := self._of(model_id) or self._learned.get(model_id):
+            learned.lost_ms[instance_id] = since_ms
             if learned.gained_ms.pop(instance_id, 0):
                 learned.refused_s[instance_id] = time.monotonic()
 
@@ -57,14 +59,18 @@ class LearnedCopies:
         return at_s is not None and time.monotonic() - at_s < _REFUSED_S
 
     def applied_to(self, model_id: str, record: ModelRecord, *, with_copies: bool = True) -> ModelRecord:
-        """Return the record with what was learned while the store was away. `with_copies` False: only with this pod's failures."""
+        """Return the record with what was learned while the store was away. `with_copies` False: without other pods' copies that it does not list."""
         learned = self._known(model_id)
         if learned is None:
             return record
-        pods = {pod_id: since_ms for pod_id, since_ms in record.instance_ids.items() if pod_id not in learned.lost}
+        pods = {
+            pod_id: since_ms
+            for pod_id, since_ms in record.instance_ids.items()
+            if learned.lost_ms.get(pod_id) != since_ms
+        }
         return msgspec.structs.replace(
             record,
-            instance_ids={**pods, **learned.gained_ms} if with_copies else record.instance_ids,
+            instance_ids={**pods, **learned.gained_ms} if with_copies else pods,
             failed_in={**record.failed_in, **learned.failed_ms},
             failures={**record.failures, **learned.failures},
         )

@@ -94,8 +94,8 @@ class CopyFinder:
 
     def mark_lost(self, model_id: str, instance_id: str) -> None:
         """Skip a peer for this model until it loads the model again, because it answered that it does not have it."""
-        self._learned.lost(model_id, instance_id)
         record = self._registry.models.get(model_id)
+        self._learned.lost(model_id, instance_id, record.instance_ids.get(instance_id, 0) if record is not None else 0)
         if record is not None and instance_id in record.instance_ids:
             self._lost[model_id, instance_id] = record.instance_ids[instance_id]
 

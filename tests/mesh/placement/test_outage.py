@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+from msgspec.structs import replace
 
 from common.model_state import CopyState, ModelState
 from mesh.errors import StoreError
@@ -72,6 +73,17 @@ async def test_a_model_evicted_while_etcd_is_away_is_loaded_once_more(pods: Sequ
     assert loads_of(pods)["m0"] == 2
 
 
+async def test_a_copy_learned_of_without_etcd_may_be_gone_when_etcd_is_back(
+    pods: Sequence[RunningPod], own_etcd: EtcdServer
+) -> None:
+    await asyncio.gather(*(pod.echo("m0", timeout=20) for pod in pods))
+    holder = next(pod for pod in pods if "m0" in pod.runtime.loaded)
+    own_etcd.start()
+    await until(lambda: all(pod.pod.store.is_answering for pod in pods))
+    await holder.pod.placement.unload_locally("m0", now=True)
+    assert await asyncio.gather(*(pod.echo("m0", timeout=20) for pod in pods)) == [b"hi"] * 3
+
+
 async def test_a_model_that_fails_to_load_while_etcd_is_away_is_tried_by_each_pod_once(
     pods: Sequence[RunningPod],
 ) -> None:
@@ -97,21 +109,26 @@ def test_learned_copies_complete_the_record_only_while_the_store_is_away(monkeyp
     record = ModelRecord(type="llm", instance_ids={"a": 1, "b": 2})
     assert learned.applied_to("m", record) is record
     learned.gained("m", "c")
-    learned.lost("m", "a")
+    learned.lost("m", "a", 1)
     learned.failed("m", "d", Failure("broken"))
     seen = learned.applied_to("m", record)
     assert seen.instance_ids.keys() == {"b", "c"}
     assert seen.failed_in.keys() == {"d"}
     assert seen.failures == {"d": Failure("broken")}
-    assert learned.applied_to("m", record, with_copies=False).instance_ids == record.instance_ids
+    assert learned.applied_to("m", record, with_copies=False).instance_ids == {"b": 2}
+    loaded_again = replace(record, instance_ids={"a": 3})
+    assert learned.applied_to("m", loaded_again).instance_ids.keys() == {"a", "c"}
     assert learned.applied_to("other", record) is record
-    learned.lost("m", "c")
+    learned.lost("m", "c", 0)
     assert learned.applied_to("m", record).instance_ids == {"b": 2}
     assert learned.refuses("m", "c"), "it was asked to load the model and then did not have it"
     assert not learned.refuses("m", "a")
-    away = False
     learned.gained("m", "e")
-    assert learned.applied_to("m", record).instance_ids == {"b": 2}, "records are corrected some seconds later"
+    away = False
+    learned.gained("m", "f")
+    assert learned.applied_to("m", record).instance_ids.keys() == {"b", "e"}, "records are corrected some seconds later"
+    learned.lost("m", "e", 0)
+    assert learned.applied_to("m", record).instance_ids == {"b": 2}
     monkeypatch.setattr("mesh.placement.learned_copies._KEPT_S", 0.0)
     assert learned.applied_to("m", record) is record
 
