@@ -32,7 +32,6 @@ from mesh.types import RuntimeLimits, Target
 _MIN_WAIT_S = 0.001
 _OK = grpc.StatusCode.OK
 _LOST_STATUS = "Internal error from Core"
-_SENDER_S = 0.05  # the sender learns of a failed write this long after the reader at most
 
 _quoted = functools.lru_cache(maxsize=4096)(quote)  # callers repeat few names
 
@@ -129,7 +128,7 @@ class GrpcForwarder:
                 attempt.begin_response()
                 await _send_headers(call, context)
             details = await call.details() or ""
-            attempt.failure = await _failure(code, details, sending)
+            attempt.failure = _failure_of(code, details)
             attempt.is_committed = attempt.is_committed or not inbound.replayable
             trailers = _trailers(request, attempt, await call.trailing_metadata())
             return GrpcOutcome(code, _details(request, attempt, code, details), trailers)
@@ -158,7 +157,7 @@ class GrpcForwarder:
             if target.local:
                 request.invocations.append((error.code().name, time.monotonic() - started_s))
             code, details = error.code(), error.details() or ""
-            attempt.failure = Failure.STATUS_LOST if _has_lost_status(code, details) else _failure_of(code, details)
+            attempt.failure = _failure_of(code, details)
             trailers = _trailers(request, attempt, error.trailing_metadata())
             return GrpcOutcome(code, _details(request, attempt, code, details), trailers)
         except asyncio.CancelledError:
@@ -210,7 +209,7 @@ class GrpcForwarder:
 
     def _start(
         self, request: GrpcRequest, attempt: Attempt, inbound: ReplayBuffer, timeout_s: float | None
-    ) -> tuple[ForwardedCall, asyncio.Task[bool] | None]:
+    ) -> tuple[ForwardedCall, asyncio.Task[None] | None]:
         """Open the call, and a task that sends the caller's messages unless the only one is known already."""
         metadata, channel = self._metadata(request, attempt), self._channel(attempt.target)
         rewrite = self._rewrite(request.method, attempt)
@@ -273,38 +272,27 @@ async def _send_headers(call: grpc.aio.Call, context: ForwardingContext) -> None
         await context.send_initial_metadata(headers)
 
 
-async def _send(call: grpc.aio.StreamStreamCall[bytes, bytes], inbound: ReplayBuffer, rewrite: Rewrite | None) -> bool:
-    """Send the caller's messages until the call ends. True if grpc.aio replaced the call's status by INTERNAL because a write failed."""
+async def _send(call: grpc.aio.StreamStreamCall[bytes, bytes], inbound: ReplayBuffer, rewrite: Rewrite | None) -> None:
+    """Send the caller's messages until the call ends."""
     index = 0
-    try:
+    # A call that has ended raises one of these, and its reader has the status. Raising here would leave the caller without it.
+    with contextlib.suppress(grpc.aio.AioRpcError, grpc.aio.InternalError, asyncio.InvalidStateError):
         while (message := await inbound.message(index)) is not None:
             await call.write(rewrite(message) if rewrite else message)
             index += 1
         await call.done_writing()
-    except grpc.aio.AioRpcError as error:
-        return error.code() is grpc.StatusCode.INTERNAL
-    except (grpc.aio.InternalError, asyncio.InvalidStateError):
-        # The call has ended, and its reader has the status. Raising here would leave the caller without it.
-        pass
-    return False
-
-
-async def _failure(code: grpc.StatusCode, details: str, sending: asyncio.Task[bool] | None) -> Failure | None:
-    if code is grpc.StatusCode.INTERNAL and sending is not None:
-        await asyncio.wait([sending], timeout=_SENDER_S)
-        if sending.done() and not sending.cancelled() and sending.result():
-            return Failure.STATUS_LOST
-    return _failure_of(code, details)
 
 
 def _has_lost_status(code: grpc.StatusCode, details: str) -> bool:
-    """Return whether grpc.aio replaced the call's status, because the target ended the call before the message was sent. Only the text says so."""
+    """Return whether grpc.aio replaced the call's status, because the target ended the call before a message was sent. Only the text says so."""
     return code is grpc.StatusCode.INTERNAL and details == _LOST_STATUS
 
 
 def _failure_of(code: grpc.StatusCode, details: str) -> Failure | None:
     if is_model_lost(code, details):
         return Failure.MODEL_LOST
+    if _has_lost_status(code, details):
+        return Failure.STATUS_LOST
     return Failure.UNAVAILABLE if code is grpc.StatusCode.UNAVAILABLE else None
 
 
@@ -334,7 +322,7 @@ def is_model_lost(code: grpc.StatusCode, details: str) -> bool:
     return code is grpc.StatusCode.INVALID_ARGUMENT and details.startswith("Model ") and details.endswith(" not found")
 
 
-def _error_of(task: asyncio.Task[bool]) -> BaseException | None:
+def _error_of(task: asyncio.Task[None]) -> BaseException | None:
     return task.exception() if task.done() and not task.cancelled() else None
 
 

@@ -45,6 +45,7 @@ class Switches:
     unpacking: dict[str, dict[str, Any]] = field(default_factory=dict)  # by path: fields of the answer of `fit`
     loading_concurrency: int = 4
     unavailable: int = 0  # so many inference calls answer UNAVAILABLE / 503
+    lost_statuses: int = 0  # so many gRPC calls end as grpc.aio shows those whose status it has lost
     engine_ready: bool = True  # if not, they all do; reported in the next snapshot, like everything else
     full_disk: bool = False
     quarantined: set[str] = field(default_factory=set)
@@ -404,6 +405,9 @@ class _AnyMethod(grpc.GenericRpcHandler):
         runtime.metadata.append(metadata)
         runtime.deadlines.append(context.time_remaining())
         model_id = next((value for key, value in metadata if key == "mm-model-id"), "")
+        if runtime.switches.lost_statuses:
+            runtime.switches.lost_statuses -= 1
+            await context.abort(grpc.StatusCode.INTERNAL, "Internal error from Core")
         if runtime.refuses():
             await context.abort(grpc.StatusCode.UNAVAILABLE, "restarting", tuple(runtime.not_here().items()))
         if model_id not in runtime.loaded:

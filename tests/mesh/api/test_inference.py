@@ -268,6 +268,19 @@ async def test_inference_retries_unavailable_once(pod: RunningPod) -> None:
     assert (pod.runtime.refusals, pod.runtime.switches.unavailable) == (3, 0)
 
 
+@pytest.mark.parametrize("method", ["/test.Any/Echo", "/fmaas.GenerationService/Generate"])
+async def test_inference_repeats_a_call_whose_status_is_lost(pod: RunningPod, method: str) -> None:
+    """gRPC loses the status of a call that its target ends before the message is sent, as a pod does that does not have the model any more."""
+    await pod.echo("m")
+    pod.runtime.switches.lost_statuses = 2
+    assert await pod.unary(method)(b"hi", metadata=FOR_M) == b"hi"
+    call = pod.method("Echo")(metadata=FOR_M)
+    pod.runtime.switches.lost_statuses = 2
+    await call.write(b"streamed")
+    assert await call.read() == b"streamed"
+    call.cancel()
+
+
 async def test_inference_refused_request_waits_for_a_newer_snapshot(pod: RunningPod) -> None:
     await pod.echo("m")
     pod.runtime.switches.engine_ready = False  # without a report
