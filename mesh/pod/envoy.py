@@ -5,7 +5,7 @@ import logging
 
 from mesh.api.envoy_clusters import PeerTls
 from mesh.api.envoy_control import EnvoyControl
-from mesh.api.openai_routes import MODEL_IN_BODY_PATHS
+from mesh.api.routes.openai_routes import MODEL_IN_BODY_PATHS
 from mesh.api.web_guard import policy_for
 from mesh.client.envoy_admin import EnvoyAdmin
 from mesh.config.schema import MeshConfig

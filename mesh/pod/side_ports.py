@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
-from mesh.api.modelmesh_probes import ModelMeshProbes, PreStopHook
+from mesh.api.routes.modelmesh_probes import ModelMeshProbes, PreStopHook
 from mesh.api.self_signed import self_signed_context
 from mesh.api.side_port import Handler, SidePort
 from mesh.config.schema import MeshConfig

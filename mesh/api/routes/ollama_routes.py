@@ -11,7 +11,7 @@ from mesh.access.caller import current_caller
 from mesh.api.http_body import decode
 from mesh.api.http_gateway import HttpGateway
 from mesh.api.model_view import ModelViews
-from mesh.api.ollama_models import is_loaded, running, shown, tag
+from mesh.api.routes.ollama_models import is_loaded, running, shown, tag
 from mesh.errors import InvalidRequest, NotFound, NotSupported, PermissionDenied
 from mesh.placement.placement import Placement
 from mesh.registry.registry import Registry
