@@ -76,11 +76,15 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):
-    """`code` is a gRPC status name (runtime.errors.from_code), `message` the cause without the model's name."""
+    """`code` is a gRPC status name (runtime.errors.from_code), `message` the cause without the model's name.
+
+    `budget_bytes`: of the device whose whole budget the model exceeds; 0 for other causes.
+    """
 
     model_id: str
     code: str
     message: str
+    budget_bytes: int = 0
 
 
 class Unloaded(msgspec.Struct, frozen=True, tag=True):

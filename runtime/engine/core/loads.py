@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from runtime.engine.core.model_table import ModelTable
 from runtime.engine.operations import StartLoad
-from runtime.errors import RepertoryError
+from runtime.errors import ModelTooLarge, RepertoryError
 from runtime.ipc.messages import Load, Loaded, LoadFailed, Unload, Unloaded
 from runtime.types import FinishReason, ModelFacts
 
@@ -93,14 +93,14 @@ class Loads:
         size_bytes = request.checkpoint.weight_bytes
         try:
             self.table.check_fits(request, size_bytes)
-            self.table.make_host_room(size_bytes)
+            self.table.make_host_room(size_bytes // self.table.config.tensor_parallel)
             if request.adapter_of:
                 self.table.check_base(request)
             self.table.executor.start_load(
                 StartLoad(request.model_id, request.checkpoint, request.max_model_len, request.adapter_of)
             )
         except Exception as error:
-            self._fail(request.model_id, 1, *_reason(error))
+            self._fail(1, _reason(request.model_id, error))
             return
         self._pending[request.model_id] = _Pending(request)
 
@@ -122,7 +122,7 @@ class Loads:
         failure = executor.take_failed_swap_in(request.model_id)
         if failure is not None:
             self.table.unregister(model, FinishReason.ERROR, now)
-            self._fail(request.model_id, pending.answers, *_reason(failure))
+            self._fail(pending.answers, _reason(request.model_id, failure))
             return
         self._answer(pending, model.facts)
 
@@ -143,7 +143,7 @@ class Loads:
         try:
             loaded = finish(model_id)
         except Exception as error:
-            self._fail(model_id, pending.answers, *_reason(error))
+            self._fail(pending.answers, _reason(model_id, error))
             return None
         if pending.cancelled:
             self.table.executor.unload(model_id)
@@ -152,7 +152,7 @@ class Loads:
             return register(loaded)
         except Exception as error:
             self.table.executor.unload(model_id)
-            self._fail(model_id, pending.answers, *_reason(error))
+            self._fail(pending.answers, _reason(model_id, error))
             return None
 
     def _answer(self, pending: _Pending, facts: ModelFacts) -> None:
@@ -179,12 +179,12 @@ class Loads:
         if not pending.cancelled:
             pending.cancelled = True
             self.table.executor.cancel_load(pending.request.model_id)
-        self._fail(pending.request.model_id, pending.answers, "CANCELLED", text)
+        self._fail(pending.answers, LoadFailed(pending.request.model_id, "CANCELLED", text))
         pending.answers = 0
 
-    def _fail(self, model_id: str, answers: int, code: str, message: str) -> None:
+    def _fail(self, answers: int, failure: LoadFailed) -> None:
         for _ in range(answers):
-            self.table.emit(LoadFailed(model_id, code, message))
+            self.table.emit(failure)
 
 
 def _content(request: Load) -> tuple[object, ...]:
@@ -192,7 +192,8 @@ def _content(request: Load) -> tuple[object, ...]:
     return request.checkpoint, request.max_model_len, request.adapter_of
 
 
-def _reason(error: Exception) -> tuple[str, str]:
-    if isinstance(error, RepertoryError):
-        return error.code, error.detail
-    return "FAILED_PRECONDITION", f"{type(error).__name__}: {error}"
+def _reason(model_id: str, error: Exception) -> LoadFailed:
+    if not isinstance(error, RepertoryError):
+        return LoadFailed(model_id, "FAILED_PRECONDITION", f"{type(error).__name__}: {error}")
+    budget_bytes = int(error.limit or 0) if isinstance(error, ModelTooLarge) else 0
+    return LoadFailed(model_id, error.code, error.detail, budget_bytes)

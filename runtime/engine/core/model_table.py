@@ -72,11 +72,13 @@ class ModelTable:
         return self._num_registrations + self.resident.num_changes + self.adapters.num_changes
 
     def check_fits(self, request: Load, weight_bytes: int) -> None:
-        """Raise ModelTooLarge if weights of `weight_bytes` exceed the whole device budget."""
-        budget = self.slabs.total * self.backend.slab_bytes
+        """Raise ModelTooLarge if weights of `weight_bytes` exceed the whole budget of the devices that share them."""
+        num_devices = self.config.tensor_parallel
+        budget = self.slabs.total * self.backend.slab_bytes * num_devices
         if weight_bytes > budget:
+            owner = "the device budget" if num_devices == 1 else f"the common budget of its {num_devices} devices"
             raise ModelTooLarge(
-                f"its weights of {weight_bytes} bytes exceed the device budget of {budget} bytes",
+                f"its weights of {weight_bytes} bytes exceed {owner} of {budget} bytes",
                 model=request.model_id,
                 limit=budget,
                 value=weight_bytes,

@@ -27,7 +27,7 @@ from runtime.engine.model.run.kv_geometry import kv_geometry
 from runtime.engine.model.run.runner import ModelRunner
 from runtime.engine.parallel.rank_group import RankGroup
 from runtime.engine.parallel.shard import WHOLE, Shard
-from runtime.errors import Cancelled, LoadFailed
+from runtime.errors import Cancelled, LoadFailed, ModelTooLarge
 from runtime.types import Checkpoint
 
 _LOG = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ class EngineBackend:
         )
         weight_slabs = -(-blueprint.layout.size_bytes // hardware.memory.slab_bytes)
         if weight_slabs >= hardware.memory.total_slabs:
-            raise LoadFailed(
+            raise ModelTooLarge(
                 f"it needs {blueprint.layout.size_bytes} bytes for its weights ({weight_slabs} slabs) and a slab of KV, "
                 f"the device budget is {hardware.memory.total_slabs * hardware.memory.slab_bytes} bytes ({hardware.memory.total_slabs} slabs)",
                 model=request.model_id,

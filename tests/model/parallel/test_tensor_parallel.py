@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -133,6 +134,20 @@ def test_rows_with_a_mask_and_allowed_tokens_run_on_all_ranks(pair: Engine, tmp_
     with loaded(pair, "limited", checkpoint):
         timeline = pair.run([("limited", request) for request in requests], timeout_s=60)
     assert timeline.tokens == 8 * len(requests)
+
+
+def test_model_that_only_fits_divided_loads(tmp_path: Path) -> None:
+    checkpoint, asked, expected = saved("llama", tmp_path)
+    weight_bytes = sum(Path(file).stat().st_size for file in checkpoint.weight_files)
+    checkpoint = msgspec.structs.replace(checkpoint, weight_bytes=weight_bytes)
+    slab_bytes = 1 << 14
+    with engine(config(1, slab_bytes=slab_bytes, device_budget_bytes=64 << 20)) as running:
+        on_one = running.load("m", checkpoint, max_model_len=128)[0].facts.weight_bytes
+    budget = weight_bytes * 9 // 10
+    with engine(config(2, slab_bytes=slab_bytes) | {"device_budget_bytes": budget}) as running:
+        facts = running.load("m", checkpoint, max_model_len=128)[0].facts
+        assert facts.weight_bytes < budget < on_one
+        assert texts(running, "m", asked) == expected
 
 
 def test_saved_kv_returns_on_all_ranks(tmp_path: Path) -> None:
