@@ -6,11 +6,14 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-_NAME = re.compile(r"^repertory-(\d+)-[0-9a-f]{8}$")
+_NAME = re.compile(r"^repertory-(\d+)-[0-9a-f]{8}(\.\d+)?$")
 
 
 class SharedMemoryFile:
-    """An empty file, which the engine sizes. Creating one removes the files of front processes that no longer run."""
+    """An empty file, which the engine sizes. Creating one removes the files of front processes that no longer run.
+
+    Ranks after the first of a tensor-parallel engine have files of their own, whose names end in `.` and the rank.
+    """
 
     def __init__(self, shared_memory: Path = Path("/dev/shm")) -> None:
         for left in shared_memory.iterdir() if shared_memory.is_dir() else ():
@@ -22,8 +25,9 @@ class SharedMemoryFile:
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
     def remove(self) -> None:
-        with suppress(OSError):
-            self.path.unlink()
+        for path in (self.path, *self.path.parent.glob(f"{self.path.name}.*")):
+            with suppress(OSError):
+                path.unlink()
 
 
 def wants_arena(device: str) -> bool:
