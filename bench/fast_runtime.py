@@ -23,7 +23,7 @@ async def _serve(config: RuntimeConfig) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    return await Runtime(config, None, command=_command).run(stop)
+    return await Runtime(config, [config.engine], command=_command).run(stop)
 
 
 if __name__ == "__main__":

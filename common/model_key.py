@@ -75,6 +75,10 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     sampling: Annotated[
         DefaultSampling, Meta(description="defaults for requests that leave a sampling parameter out")
     ] = DefaultSampling()
+    tensor_parallel: Annotated[
+        Annotated[int, Meta(ge=1, le=64)] | Literal["auto"],
+        Meta(description="number of GPUs that share the model; auto = the smallest group of GPUs in which it fits"),
+    ] = "auto"
     adapter_of: Annotated[
         _Name | None, Meta(description="name of the base model: the files are a LoRA adapter of it")
     ] = None
@@ -135,7 +139,7 @@ class ModelKey(msgspec.Struct, frozen=True):
 
 # ModelMesh writes these into a key; they change nothing here.
 _MESH_FIELDS = frozenset({"model_type", "schema_path", "disk_size_bytes"})
-_OF_THE_BASE = ("quantize", "double_quant", "dtype", "max_model_len")
+_OF_THE_BASE = ("quantize", "double_quant", "dtype", "max_model_len", "tensor_parallel")
 _PARTS: tuple[type[msgspec.Struct], ...] = (ModelSettings, CopySettings, Storage)
 _NOT_REGISTRABLE = frozenset({"display_name", "bucket"})
 

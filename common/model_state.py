@@ -33,6 +33,15 @@ class CopyState(StrEnum):
     QUARANTINED = "quarantined"
 
 
+class DeviceFigures(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One device of a pod. `group`: the first device of its group; a model is shared by all devices of one group."""
+
+    name: str = ""
+    group: str = ""
+    budget_bytes: int = 0
+    used_bytes: int = 0
+
+
 class ModelFigures(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The engine's figures of one model. Counters (`…_total`) start at zero with each engine process."""
 
@@ -79,6 +88,7 @@ class ModelState(ModelFigures, frozen=True, kw_only=True, omit_defaults=True):
     max_model_len: int = 0  # tokens
     wanted_model_len: int = 0  # tokens: max_model_len before it was cut to what the device budget holds
     error: str = ""  # why the model failed or is quarantined
+    devices: str = ""  # those that hold the model, such as cuda:0,cuda:1; sizes are those on all of them
 
     def settled(self) -> "ModelState":
         """Return the state without the figures that change with every request or chunk of a download."""
@@ -98,4 +108,5 @@ _SETTLED = (
     "max_model_len",
     "wanted_model_len",
     "error",
+    "devices",
 )

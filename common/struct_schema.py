@@ -9,7 +9,10 @@ import msgspec
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One field. `about` is its description, `allowed` says in words what it takes, `fields` are those of a nested struct."""
+    """One field. `about` is its description, `allowed` says in words what it takes, `fields` are those of a nested struct.
+
+    With `is_integer` and `choices`, it takes a number or one of the words.
+    """
 
     name: str
     about: str
@@ -43,8 +46,8 @@ def fields_of(kind: type[msgspec.Struct]) -> tuple[Field, ...]:
                 default=declared.default if declared.default is not msgspec.NODEFAULT else declared.default_factory,
                 type=declared.type,
                 allowed=" or ".join(_allowed(option) for option in options),
-                choices=_choices(options[0]),
-                is_integer=isinstance(options[0], msgspec.inspect.IntType),
+                choices=tuple(choice for option in options for choice in _choices(option)),
+                is_integer=any(isinstance(option, msgspec.inspect.IntType) for option in options),
                 is_number=isinstance(options[0], msgspec.inspect.FloatType),
                 fields=fields_of(nested.cls) if nested is not None else (),
             )

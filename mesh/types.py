@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
 
-from common.model_state import CopyState, ModelState, Tier
+from common.model_state import CopyState, DeviceFigures, ModelState, Tier
 
 
 class ModelStatus(IntEnum):
@@ -107,6 +107,7 @@ class RuntimeSnapshot:
     engine_restarts: int = 0
     device_name: str = ""
     models: tuple[ModelState, ...] = ()
+    devices: tuple[DeviceFigures, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,7 @@ class FitAnswer:
     unpacked_blocks: str = ""
     stored_bytes: int = 0
     nf4_weight_bytes: int = 0
+    num_devices: int = 1
 
 
 @dataclass(frozen=True, slots=True)

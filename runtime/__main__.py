@@ -37,11 +37,15 @@ from runtime.api.spi import ModelRuntimeApi, add_spi
 from runtime.api.state import SERVICE_NAME as STATE_NAME
 from runtime.api.state import RuntimeStateApi, add_state
 from runtime.config.loader import configure
-from runtime.config.schema import RuntimeConfig
-from runtime.engine_client.client import CommandBuilder, EngineClient, EngineState
+from runtime.config.schema import EngineConfig, RuntimeConfig
+from runtime.engine_client.client import CommandBuilder
+from runtime.engine_client.group_plan import plan_groups
+from runtime.engine_client.groups import EngineGroups
+from runtime.engine_client.lifecycle import EngineState
 from runtime.engine_client.process import engine_command
 from runtime.engine_client.restart_policy import RestartPolicy
 from runtime.engine_client.shared_memory import SharedMemoryFile, wants_arena
+from runtime.engine_client.visible_gpus import visible_gpus
 from runtime.errors import InvalidRequest, RepertoryError, Unavailable
 from runtime.generation.generator import Generator
 from runtime.models.manager import Models
@@ -62,20 +66,15 @@ class Runtime:
     """Builds the parts of the front process without starting them. `run` starts them, and returns the exit status when they have ended."""
 
     def __init__(
-        self, config: RuntimeConfig, arena: SharedMemoryFile | None, *, command: CommandBuilder = engine_command
+        self, config: RuntimeConfig, engines: Sequence[EngineConfig], *, command: CommandBuilder = engine_command
     ) -> None:
-        if arena is not None:
-            config = msgspec.structs.replace(
-                config, engine=msgspec.structs.replace(config.engine, host_arena_path=str(arena.path))
-            )
+        """`engines`: the configurations of the engines, one per group of devices."""
         self._config = config
         self._addresses = [parse_address(text) for text in config.listen]
         self._http_address = parse_address(config.http_listen)
         Destinations.parse(config.source_hosts)  # An invalid entry must fail at the start, not at the first load.
         cache = Cache(_cache_dir(config), config.cache_budget_bytes)
-        self._engine = EngineClient(
-            config.engine, command=command, restart=RestartPolicy(silence_s=config.engine_silence_s)
-        )
+        self._engine = EngineGroups(engines, command=command, restart=RestartPolicy(silence_s=config.engine_silence_s))
         self._preparation = CheckpointPreparer(config, cache)
         self._models = Models(config, self._engine, self._preparation, load_text)
         self._metrics = RuntimeMetrics(max_adapters=config.engine.max_adapters)
@@ -140,7 +139,7 @@ class Runtime:
     def _status(self) -> int:
         if self._engine.state is not EngineState.STOPPED:
             return 0
-        return CANNOT_START if self._engine.hello is None else 1
+        return 1 if self._engine.has_started else CANNOT_START
 
     async def _listen(self) -> None:
         for address in (*self._addresses, self._http_address):
@@ -180,10 +179,10 @@ class Runtime:
                 if seen is EngineState.STOPPED:
                     log.error("the engine is given up: %s", self._engine.failure)
                     stop.set()
-            if self._engine.stats is not None:
-                names = {view.model_id: view.settings.display_name or view.model_id for view in self._models.views()}
-                self._metrics.update(self._engine.stats, names)
-                self._metrics.adapters.update(loaded_adapters(self._models.views(), self._engine.stats.models, names))
+            views, figures = self._models.views(), self._engine.figures()
+            names = {view.model_id: view.settings.display_name or view.model_id for view in views}
+            self._metrics.update(self._engine.groups, names)
+            self._metrics.adapters.update(loaded_adapters(views, figures, names))
             await self._engine.changes.wait(since=count)
 
     async def _end(self) -> None:
@@ -202,20 +201,19 @@ class Runtime:
 
 
 def loaded_adapters(
-    views: Sequence[ModelView], figures: Sequence[ModelFigures], names: Mapping[str, str]
+    views: Sequence[ModelView], figures: Mapping[str, ModelFigures], names: Mapping[str, str]
 ) -> list[LoadedAdapter]:
-    """Join the manager's loaded LoRA adapters with the engine's figures of them. `names`: of the models, by id."""
-    by_id = {each.model_id: each for each in figures}
+    """Join the manager's loaded LoRA adapters with the engines' figures of them. Both mappings are by id."""
     return [
         LoadedAdapter(
             names[view.model_id],
             names.get(base, base),
             view.facts.adapter_rank,
             view.load_seconds,
-            by_id[view.model_id],
+            figures[view.model_id],
         )
         for view in views
-        if (base := view.settings.adapter_of) and view.facts is not None and view.model_id in by_id
+        if (base := view.settings.adapter_of) and view.facts is not None and view.model_id in figures
     ]
 
 
@@ -229,11 +227,18 @@ async def _serve(config: RuntimeConfig) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    arena = SharedMemoryFile() if wants_arena(config.engine.device) and not config.engine.host_arena_path else None
+    engines = plan_groups(config.engine, config.gpu_groups, visible_gpus(config.engine.device))
+    arenas = []
+    if wants_arena(config.engine.device) and not config.engine.host_arena_path:
+        arenas = [SharedMemoryFile() for _ in engines]
+        engines = [
+            msgspec.structs.replace(engine, host_arena_path=str(arena.path))
+            for engine, arena in zip(engines, arenas, strict=True)
+        ]
     try:
-        return await Runtime(config, arena).run(stop)
+        return await Runtime(config, engines).run(stop)
     finally:
-        if arena is not None:
+        for arena in arenas:
             arena.remove()
 
 

@@ -181,3 +181,4 @@ class ModelFacts(msgspec.Struct, frozen=True):
     eos_token_ids: tuple[int, ...] = ()
     adapter_rank: int = 0  # of a LoRA adapter: its largest rank
     wanted_model_len: int = 0  # max_model_len before it was cut to what the device budget holds
+    num_devices: int = 1  # that share it; the sizes are those on each

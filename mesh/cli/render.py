@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mesh.cli.columns import Column, lines
-from mesh.client.admin import Fit, Model, Pod
+from mesh.client.admin import Copy, Fit, Model, Pod
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _COLOURS = {"loaded": "green", "failed": "red", "quarantined": "red", "not loaded": "dim"}
@@ -67,6 +67,8 @@ def model_columns(models: Sequence[Model], now_s: float) -> list[Column]:
     """Return the columns of `ps` and `list`. The pods are shown if the models have copies on more than one."""
     loaded = [[copy for copy in model.copies if copy.status == "LOADED"] for model in models]
     pods = {copy.instance_id for model in models for copy in model.copies}
+    devices = {(copy.instance_id, copy.devices) for model in models for copy in model.copies if copy.devices}
+    shows_devices = len(devices) > len(pods) or any("," in names for _, names in devices)
     return [
         Column("NAME", [model.name for model in models]),
         Column("STATE", [_state_cell(model) for model in models], rank=1),
@@ -81,6 +83,7 @@ def model_columns(models: Sequence[Model], now_s: float) -> list[Column]:
         Column(
             "COPIES", [str(len(copies) or "") for copies in loaded] if len(pods) > 1 else [""] * len(models), 8, True
         ),
+        Column("DEVICES", [_places_of(model) if shows_devices else "" for model in models], rank=9),
         Column("PODS", [_pods_of(model) if len(pods) > 1 else "" for model in models], rank=9),
     ]
 
@@ -100,7 +103,17 @@ def pod_columns(pods: Sequence[Pod], now_s: float) -> list[Column]:
         Column("GRPC", [pod.grpc_address for pod in pods], rank=8),
         Column("STARTED", [ago(pod.start_time_ms, now_s) for pod in pods], rank=7),
         Column("LABELS", [",".join(pod.labels) for pod in pods], rank=9),
+        Column("DEVICES", [_devices_of(pod) for pod in pods], rank=10),
     ]
+
+
+def _devices_of(pod: Pod) -> str:
+    """Return what is used on each device of a pod with several; empty for one."""
+    if len(pod.devices) < 2:
+        return ""
+    return ", ".join(
+        f"{device.name} {size(device.used_bytes) or '0 B'} of {size(device.budget_bytes)}" for device in pod.devices
+    )
 
 
 def _state_cell(model: Model) -> Text:
@@ -110,6 +123,11 @@ def _state_cell(model: Model) -> Text:
 
 def _pods_of(model: Model) -> str:
     return ",".join(sorted(copy.instance_id for copy in model.copies if copy.status in ("LOADED", "LOADING")))
+
+
+def _places_of(model: Model) -> str:
+    """Return the devices of the model's copies, those of one copy joined by +."""
+    return ",".join(copy.devices.replace(",", "+") for copy in model.copies if copy.devices)
 
 
 def context_of(max_model_len: int, wanted_model_len: int, unit: str = " tokens") -> str:
@@ -147,6 +165,7 @@ def show_model(console: Console, model: Model) -> None:
             ("architecture", copy.architecture),
             ("arithmetic", copy.dtype),
             ("forward pass", copy.path),
+            ("devices", _share_of(copy)),
         ]
     rows += [(key, _shown(value)) for key, value in sorted(model.settings.items())]
     rows += [
@@ -157,6 +176,15 @@ def show_model(console: Console, model: Model) -> None:
         if value:
             table.add_row(key, Text(value))
     console.print(table)
+
+
+def _share_of(copy: Copy) -> str:
+    """Return a copy's devices, with its bytes on each if several share it."""
+    names = copy.devices.split(",")
+    if len(names) < 2:
+        return copy.devices
+    each = f"{size(copy.weight_bytes // len(names))} of weights"
+    return f"{', '.join(names)}: on each {each}, {size(copy.device_bytes // len(names)) or '0 B'} in device memory"
 
 
 def _shown(value: object) -> str:
@@ -185,6 +213,8 @@ def show_fit(console: Console, name: str, fit: Fit) -> None:
     console.print(f"  KV cache   {kv}")
     console.print(f"  workspace  {size(fit.workspace_bytes) or '0'}")
     console.print(f"  budget     {size(fit.capacity_bytes)}")
+    if fit.num_devices > 1:
+        console.print(f"  devices    {fit.num_devices}, each with these sizes")
     verdict = "[green]fits[/green]" if fit.fits else "[red]doesn't fit[/red]"
     evicts = f"; would evict {', '.join(fit.evicts)}" if fit.evicts else ""
     console.print(f"  {verdict}{evicts}{': ' + fit.reason if fit.reason else ''}")

@@ -100,6 +100,13 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _sizes(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers of at least 1, such as 2,1,1")
+    return [int(part) for part in parts]
+
+
 def _one_of(*words: str) -> Callable[[str], str]:
     """Return a parser of one of `words`. argparse's `choices` do not check defaults, which come from the environment."""
 
@@ -174,8 +181,15 @@ _FLAGS = (
         "1",
         _positive,
         "N",
-        "number of devices that share every model, from the device on",
+        "number of GPUs in each group, which share a model; all visible GPUs are used",
         alias=("--num-shard", "--tensor-parallel-size"),
+    ),
+    _Flag(
+        "gpu-groups",
+        "",
+        _sizes,
+        "N,N,…",
+        "sizes of the groups of GPUs, such as 2,1,1, instead of equal ones; a model uses one group, by its tensor_parallel",
     ),
     _Flag(
         "oversubscribe",

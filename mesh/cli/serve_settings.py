@@ -57,6 +57,7 @@ _FIELDS_OF_FLAG: dict[str, tuple[tuple[str, ...], ...]] = {
     "host_kv": (("runtime", "engine", "host_kv_bytes"),),
     "device": (("runtime", "engine", "device"),),
     "tensor_parallel": (("runtime", "engine", "tensor_parallel"),),
+    "gpu_groups": (("runtime", "gpu_groups"),),
     "oversubscribe": (("runtime", "engine", "oversubscribe"),),
     "cache_dir": (("runtime", "cache_dir"),),
     "model_roots": (("runtime", "model_roots"),),
@@ -126,6 +127,7 @@ def _from_flags(args: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
         "cache_budget_bytes": args.cache_size,
         "model_roots": _listed(args.model_roots) or [str(home / "models")],
         "source_hosts": _listed(args.source_hosts),
+        "gpu_groups": args.gpu_groups,
         "engine": {
             "device": args.device,
             "tensor_parallel": args.tensor_parallel,

@@ -43,6 +43,8 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
 def _action(field: Field) -> dict[str, Any]:
     if field.default is False:
         return {"action": "store_true"}
+    if field.is_integer and field.choices:
+        return {"type": _integer_or_word, "metavar": f"N|{'|'.join(field.choices)}"}
     if field.choices:
         return {"choices": field.choices}
     if field.fields:
@@ -63,6 +65,11 @@ def _help(field: Field) -> str:
 
 def _is_mapping(field: Field) -> bool:
     return field.default is dict
+
+
+def _integer_or_word(text: str) -> int | str:
+    """Return a number if the text is one; the server checks other words."""
+    return int(text) if text.lstrip("-").isdigit() else text
 
 
 def _read(name: str, path: str) -> str:

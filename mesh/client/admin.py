@@ -9,7 +9,7 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
-from common.model_state import ModelState
+from common.model_state import DeviceFigures, ModelState
 from mesh.errors import InvalidRequest, MeshError, Unavailable
 
 T = TypeVar("T")
@@ -50,6 +50,7 @@ class Fit(msgspec.Struct, frozen=True):
     unpacked_blocks: str = ""
     stored_bytes: int = 0
     nf4_weight_bytes: int = 0
+    num_devices: int = 1  # that would share the model; the other sizes are those on each
 
 
 class Model(msgspec.Struct, frozen=True):
@@ -104,6 +105,7 @@ class Pod(msgspec.Struct, frozen=True):
     shutting_down: bool
     start_time_ms: int
     labels: list[str]
+    devices: list[DeviceFigures] = []
 
 
 class Pods(msgspec.Struct, frozen=True):

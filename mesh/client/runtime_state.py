@@ -15,7 +15,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest, ServerReflectionResponse
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 
-from common.model_state import CopyState, ModelState, Tier
+from common.model_state import CopyState, DeviceFigures, ModelState, Tier
 from mesh.types import FitAnswer, RuntimeSnapshot
 from wire.repertory import runtime_pb2 as pb
 from wire.repertory.runtime_pb2_grpc import RuntimeStateStub
@@ -158,6 +158,12 @@ def snapshot(message: pb.RuntimeSnapshot) -> RuntimeSnapshot:
         device_name=message.device_name,
         device_reserve_bytes=message.device_reserve_bytes,
         models=tuple(_model(model) for model in message.models),
+        devices=tuple(
+            DeviceFigures(
+                name=device.name, group=device.group, budget_bytes=device.budget_bytes, used_bytes=device.used_bytes
+            )
+            for device in message.devices
+        ),
     )
 
 
@@ -189,4 +195,5 @@ def fit_answer(answer: pb.FitResponse) -> FitAnswer:
         unpacked_blocks=answer.unpacked_blocks,
         stored_bytes=answer.stored_bytes,
         nf4_weight_bytes=answer.nf4_weight_bytes,
+        num_devices=answer.num_devices or 1,
     )

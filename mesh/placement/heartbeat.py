@@ -116,6 +116,7 @@ class Heartbeat:
             waiting=sum(model.waiting for model in snapshot.models),
             tokens_per_s=round(sum(model.tokens_per_s for model in snapshot.models), _DIGITS),
             copies=reports,
+            devices=snapshot.devices,
             used_ms={copy.model_id: copy.last_used_ms for copy in self._copies if copy.last_used_ms},
         )
 
@@ -146,6 +147,7 @@ def load_interval_s(num_pods: int) -> float:
 def _without_load(record: InstanceRecord) -> InstanceRecord:
     """Return the record without the figures that change with every request."""
     copies = {model_id: report.settled() for model_id, report in record.copies.items()}
+    devices = tuple(msgspec.structs.replace(device, used_bytes=0) for device in record.devices)
     return msgspec.structs.replace(
         record,
         lru_time_ms=0,
@@ -159,5 +161,6 @@ def _without_load(record: InstanceRecord) -> InstanceRecord:
         waiting=0,
         tokens_per_s=0.0,
         copies=copies,
+        devices=devices,
         used_ms={},
     )

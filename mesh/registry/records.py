@@ -13,7 +13,7 @@ import msgspec
 from msgspec import field
 
 from common.model_key import CopySettings
-from common.model_state import ModelState
+from common.model_state import DeviceFigures, ModelState
 from mesh.registry.copy_settings import copy_settings_of, identity_of
 from mesh.types import ModelInfo
 
@@ -129,6 +129,7 @@ class InstanceRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
     waiting: int = 0
     tokens_per_s: float = field(default=0.0, name="tokensPerS")
     copies: Mapping[str, ModelState] = field(default_factory=dict)  # by model id
+    devices: tuple[DeviceFigures, ...] = ()
     used_ms: Mapping[str, int] = field(default_factory=dict, name="usedMs")  # last use of each copy, by model id
     change_number: int = field(default=0, name="changeNumber")  # up to which PodChange the record is complete
     reads_changes: bool = field(default=False, name="readsChanges")  # earlier releases do not read a PodChange

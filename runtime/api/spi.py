@@ -10,13 +10,14 @@ from common.unload_headers import GRACE_HEADER, RETRY_HEADER
 from common.version import package_version
 from runtime.api.grpc_errors import statuses
 from runtime.config.schema import RuntimeConfig
-from runtime.engine_client.client import EngineClient, EngineState
+from runtime.engine_client.groups import EngineGroups
+from runtime.engine_client.lifecycle import EngineState
 from runtime.errors import InvalidRequest, ModelNotFound
-from runtime.models.capacity import Capacity, capacity_of
+from runtime.models.capacity import Capacity, budgets_of, capacity_of
 from runtime.models.manager import Models
 from runtime.models.model_key import parse_model
 from runtime.puller.inspection import ModelInspector
-from runtime.puller.size_prediction import SizePredictor
+from runtime.puller.size_prediction import SizePredictor, Sizing
 from wire.mmesh import model_runtime_pb2 as pb
 from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeServicer, add_ModelRuntimeServicer_to_server
 
@@ -40,7 +41,7 @@ class ModelRuntimeApi(ModelRuntimeServicer):
     def __init__(
         self,
         config: RuntimeConfig,
-        engine: EngineClient,
+        engine: EngineGroups,
         models: Models,
         fitter: ModelInspector,
         cache_budget_bytes: int,
@@ -49,7 +50,7 @@ class ModelRuntimeApi(ModelRuntimeServicer):
         self._engine = engine
         self._models = models
         self._cache_budget_bytes = cache_budget_bytes
-        self._sizes = SizePredictor(fitter, self._device_and_capacity)
+        self._sizes = SizePredictor(fitter, self._sizing)
 
     async def loadModel(
         self,
@@ -126,13 +127,13 @@ class ModelRuntimeApi(ModelRuntimeServicer):
             allowAnyMethod=True,
         )
 
-    async def _device_and_capacity(self) -> tuple[str, Capacity]:
+    async def _sizing(self) -> Sizing:
         capacity = await self._capacity()
-        return (await self._engine.wait_ready()).device, capacity
+        return Sizing(self._engine.device, capacity, budgets_of(self._engine.groups))
 
     async def _capacity(self) -> Capacity:
-        hello = await self._engine.wait_ready()
-        return capacity_of(self._config.engine.oversubscribe, hello, self._cache_budget_bytes)
+        await self._engine.wait_ready()
+        return capacity_of(self._config.engine.oversubscribe, self._engine.groups, self._cache_budget_bytes)
 
 
 def add_spi(server: grpc.aio.Server, api: ModelRuntimeApi) -> str:

@@ -5,7 +5,8 @@ The comments in proto/repertory/runtime.proto specify the methods.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -17,15 +18,17 @@ from common.model_state import CopyState, ModelFigures, ModelState, Tier
 from runtime.api.grpc_errors import statuses
 from runtime.checkpoint.device_fit import DeviceBudget, DeviceFit, ModelLayout, fit_adapter, fit_device, layout_of
 from runtime.config.schema import RuntimeConfig
-from runtime.engine_client.client import EngineClient, EngineState
-from runtime.ipc.messages import EngineStats, Hello
+from runtime.engine_client.groups import EngineGroup, EngineGroups
+from runtime.engine_client.lifecycle import EngineState
+from runtime.engine_client.placement import refusal_of, victims
+from runtime.ipc.messages import Hello
 from runtime.models.capacity import capacity_of
 from runtime.models.manager import Models
 from runtime.models.model_key import parse_model
 from runtime.models.model_state import ModelView, Phase, Progress
 from runtime.puller.cache import Cache
 from runtime.puller.inspection import ModelInspector
-from runtime.puller.sizing import DTYPE_BYTES, Needs, ResidentBytes, victims
+from runtime.puller.sizing import DTYPE_BYTES, Needs
 from runtime.types import ModelFacts
 from wire.repertory import runtime_pb2 as pb
 from wire.repertory.runtime_pb2_grpc import RuntimeStateServicer, add_RuntimeStateServicer_to_server
@@ -65,7 +68,7 @@ class RuntimeStateApi(RuntimeStateServicer):
     def __init__(
         self,
         config: RuntimeConfig,
-        engine: EngineClient,
+        engine: EngineGroups,
         models: Models,
         fitter: ModelInspector,
         cache_budget_bytes: int,
@@ -109,23 +112,39 @@ class RuntimeStateApi(RuntimeStateServicer):
     ) -> pb.FitResponse:
         async with statuses(context):
             source, settings = parse_model(request.model_path, request.model_key)
-            hello = await self._engine.wait_ready()
+            await self._engine.wait_ready()
             base = self._loaded(settings.adapter_of) if settings.adapter_of is not None else None
-            if base is not None:
-                settings = msgspec.structs.replace(settings, dtype=cast("Dtype", base.dtype))
-            look = await self._fitter.look(source, settings, hello.device)
-        needs = look.needs
-        budget = hello.device_budget_bytes
-        stats = self._engine.stats
-        used = stats.device_used_bytes if stats is not None else 0
-        fit = self._fit(needs, hello) if settings.adapter_of is None else self._fit_adapter(needs, base, hello)
-        kv_bytes = needs.kv_bytes_per_token * fit.max_model_len
-        evicts, _ = victims(
-            needs.weight_bytes + kv_bytes, budget - used, self._residents(stats, leave_out=request.model_id)
+            if base is not None and base.facts is not None:
+                settings = msgspec.structs.replace(settings, dtype=cast("Dtype", base.facts.dtype))
+            sizes = set(self._engine.sizes)
+            look = await self._fitter.look(source, settings, self._engine.device, group_sizes=sizes)
+        last_used_s = {view.model_id: view.last_used_s for view in self._models.views()}
+        wanted = settings.tensor_parallel
+        reason = refusal_of(self._engine.sizes, wanted)
+        candidates = self._engine.order(
+            look.needs.weight_bytes, "auto" if reason else wanted, last_used_s, request.model_id
         )
-        capacity = capacity_of(self._config.engine.oversubscribe, hello, self._cache_budget_bytes)
-        charge = capacity.charge(needs.weight_bytes, needs.kv_bytes_per_token, needs.max_model_len)
-        reason = fit.refusal
+        if base is not None:
+            candidates = [group for group in self._engine.groups if base.model_id in group.models] or candidates
+        for group in candidates:
+            needs = look.needs_on(group.size)
+            fit = (
+                self._fit_adapter(needs, base.facts if base is not None else None, group.hello)
+                if settings.adapter_of is not None
+                else self._fit(needs, group.hello)
+            )
+            if not fit.refusal:
+                break
+        kv_bytes = needs.kv_bytes_per_token * fit.max_model_len
+        used = group.stats.device_used_bytes if group.stats is not None else 0
+        evicts, _ = victims(
+            needs.weight_bytes + kv_bytes,
+            group.hello.device_budget_bytes - used,
+            group.residents(last_used_s, leave_out=request.model_id),
+        )
+        capacity = capacity_of(self._config.engine.oversubscribe, self._engine.groups, self._cache_budget_bytes)
+        charge = capacity.charge(needs.weight_bytes, needs.kv_bytes_per_token, needs.max_model_len, group.size)
+        reason = reason or fit.refusal
         if not reason and charge > capacity.capacity_bytes:
             reason = f"it counts {charge} bytes, more than the capacity of {capacity.capacity_bytes} bytes"
         runs = any(view.model_id == request.model_id and view.phase is Phase.LOADED for view in self._models.views())
@@ -137,7 +156,8 @@ class RuntimeStateApi(RuntimeStateServicer):
             kv_bytes_per_token=needs.kv_bytes_per_token,
             min_kv_bytes=kv_bytes,
             workspace_bytes=needs.workspace_bytes,
-            capacity_bytes=budget,
+            capacity_bytes=group.hello.device_budget_bytes,
+            num_devices=group.size,
             fits=not reason,
             reason=reason,
             evicts=evicts,
@@ -172,10 +192,10 @@ class RuntimeStateApi(RuntimeStateServicer):
             wanted_tokens = base.max_model_len
         return fit_adapter(budget, needs.weight_bytes, layout, wanted_tokens)
 
-    def _loaded(self, name: str) -> ModelFacts | None:
-        """Return the facts of a loaded model by its id or its name."""
+    def _loaded(self, name: str) -> ModelView | None:
+        """Return a loaded model by its id or its name."""
         loaded = (view for view in self._models.views() if view.phase is Phase.LOADED)
-        return next((view.facts for view in loaded if name in (view.model_id, view.settings.display_name)), None)
+        return next((view for view in loaded if name in (view.model_id, view.settings.display_name)), None)
 
     async def listFiles(
         self,
@@ -206,39 +226,39 @@ class RuntimeStateApi(RuntimeStateServicer):
             freed_bytes, num_in_use = await asyncio.to_thread(self._cache.drop, frozenset(request.keys))
         return pb.DropFilesResponse(freed_bytes=freed_bytes, num_in_use=num_in_use)
 
-    def _residents(self, stats: EngineStats | None, leave_out: str) -> list[ResidentBytes]:
-        last_used = {view.model_id: view.last_used_s for view in self._models.views()}
-        return [
-            ResidentBytes(
-                model.model_id,
-                model.device_bytes,
-                model.running + model.waiting > 0,
-                last_used.get(model.model_id, 0.0),
-            )
-            for model in (stats.models if stats is not None else ())
-            if model.device_bytes and model.model_id != leave_out
-        ]
-
     def _snapshot(self, rates: dict[str, TokenRate]) -> pb.RuntimeSnapshot:
-        stats, hello = self._engine.stats, self._engine.hello
+        groups = self._engine.groups
         snapshot = pb.RuntimeSnapshot(
             engine_state=_ENGINE[self._engine.state],
             engine_restarts=self._engine.restarts,
-            device_name=hello.device_name if hello is not None else "",
+            device_name=_device_name(groups),
         )
-        if hello is not None:
-            snapshot.device_budget_bytes = hello.device_budget_bytes
-            snapshot.host_budget_bytes = hello.host_budget_bytes
-            if hello.device != "cpu":
-                snapshot.device_reserve_bytes = self._config.engine.device_reserve_bytes
+        reserve_bytes = self._config.engine.device_reserve_bytes
+        for group in groups:
+            hello, used_bytes = group.hello, group.stats.device_used_bytes if group.stats is not None else 0
+            snapshot.device_budget_bytes += hello.device_budget_bytes * group.size
+            snapshot.device_used_bytes += used_bytes * group.size
+            snapshot.device_reserve_bytes += reserve_bytes * group.size if hello.device != "cpu" else 0
+            snapshot.host_budget_bytes += hello.host_budget_bytes * group.size
+            if group.stats is not None:
+                snapshot.host_used_bytes += group.stats.host_used_bytes * group.size
+                snapshot.stranded_bytes += group.stats.stranded_bytes * group.size
+            snapshot.devices.extend(
+                pb.DeviceState(
+                    name=name,
+                    group=group.devices[0],
+                    budget_bytes=hello.device_budget_bytes,
+                    used_bytes=used_bytes,
+                    engine_state=_ENGINE[group.state],
+                )
+                for name in group.devices
+            )
+        if groups:
             snapshot.capacity_bytes = capacity_of(
-                self._config.engine.oversubscribe, hello, self._cache_budget_bytes
+                self._config.engine.oversubscribe, groups, self._cache_budget_bytes
             ).capacity_bytes
-        if stats is not None:
-            snapshot.device_used_bytes = stats.device_used_bytes
-            snapshot.host_used_bytes = stats.host_used_bytes
-            snapshot.stranded_bytes = stats.stranded_bytes
-        by_id = {model.model_id: model for model in stats.models} if stats is not None else {}
+        by_id = self._engine.figures()
+        devices_of = {model_id: ",".join(group.devices) for group in groups for model_id in group.models}
         now_s = time.monotonic()
         views = [view for view in self._models.views() if view.phase is not Phase.UNLOADING]
         for gone in set(rates) - {view.model_id for view in views}:
@@ -247,12 +267,21 @@ class RuntimeStateApi(RuntimeStateServicer):
             figures = by_id.get(view.model_id)
             rate = rates.setdefault(view.model_id, TokenRate())
             tokens_per_s = rate.update(now_s, figures.generated_tokens_total) if figures is not None else 0.0
-            snapshot.models.append(to_message(state_of(view, figures, tokens_per_s)))
+            state = state_of(view, figures, tokens_per_s, devices_of.get(view.model_id, ""))
+            snapshot.models.append(to_message(state))
         return snapshot
 
 
-def state_of(view: ModelView, figures: ModelFigures | None, tokens_per_s: float) -> ModelState:
-    """Join what the manager knows of a model with the engine's figures, which it has while the model is in the engine."""
+def _device_name(groups: Sequence[EngineGroup]) -> str:
+    """Return the names of all devices; equal ones once, with their number."""
+    counts: Counter[str] = Counter()
+    for group in groups:
+        counts[group.hello.device_name] += group.size
+    return ", ".join(name if count == 1 else f"{count} × {name}" for name, count in counts.items())
+
+
+def state_of(view: ModelView, figures: ModelFigures | None, tokens_per_s: float, devices: str = "") -> ModelState:
+    """Join what the manager knows of a model with the engine's figures, which it has while the model is in the engine, and with its devices."""
     phase, facts = view.phase, view.facts
     progress = view.progress or Progress(phase)
     state = ModelState(
@@ -267,11 +296,12 @@ def state_of(view: ModelView, figures: ModelFigures | None, tokens_per_s: float)
         tokens_per_s=tokens_per_s,
         quantization=(facts.quantization if facts is not None else view.settings.quantize).value,
         error=view.error,
+        devices=devices,
     )
     if facts is not None:
         state = msgspec.structs.replace(
             state,
-            weight_bytes=facts.weight_bytes,
+            weight_bytes=facts.weight_bytes * facts.num_devices,
             dtype=facts.dtype,
             architecture=facts.architecture,
             path=facts.path,

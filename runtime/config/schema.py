@@ -41,8 +41,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tensor_parallel: Annotated[
         int,
         _about(
-            "number of devices that share every model, from `device` on; on a CPU the number of processes", gt=0, le=64
+            "number of devices in each group, which share a model; on a CPU the number of processes of the one group",
+            gt=0,
+            le=64,
         ),
+    ] = 1
+    host_sharers: Annotated[
+        int, _about("devices of the runtime, among which free host memory is divided; the runtime sets it", gt=0)
     ] = 1
     block_tokens: Annotated[int, _about("tokens per KV block", gt=0)] = 16
     max_rows: Annotated[int, _about("largest number of running sequences over all models", gt=0)] = 512
@@ -88,6 +93,12 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True):
             "accept mmesh.ModelRuntime and repertory.RuntimeState from other machines; anyone there can then unload models"
         ),
     ] = False
+    gpu_groups: Annotated[
+        tuple[Annotated[int, msgspec.Meta(gt=0, le=64)], ...],
+        _about(
+            "sizes of the groups of GPUs, such as 2,1,1, from `device` on, with one engine each; on a CPU groups of processes; empty = all visible GPUs in groups of tensor_parallel"
+        ),
+    ] = ()
     cache_dir: Annotated[str, _about("directory of pulled and packed files; empty = $XDG_CACHE_HOME/repertory")] = ""
     cache_budget_bytes: Annotated[
         int, _about("disk budget of the cache; 0 = 80 % of the free disk space at start", ge=0)

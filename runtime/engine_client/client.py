@@ -11,19 +11,18 @@ import shutil
 import tempfile
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import msgspec
 
 from common.changes import Changes
 from runtime.config.schema import EngineConfig
+from runtime.engine_client.lifecycle import EngineDeath, EngineListener, EngineState
 from runtime.engine_client.process import EngineProcess, engine_command
 from runtime.engine_client.restart_policy import RestartPolicy
 from runtime.engine_client.streams import DeliveryPacer, RowStream
-from runtime.errors import EngineUnfit, RepertoryError, Unavailable, from_code
+from runtime.errors import EngineUnfit, ModelTooLarge, RepertoryError, Unavailable, from_code
 from runtime.ipc.crash_marker import CrashMarker
 from runtime.ipc.messages import (
     Abort,
@@ -51,37 +50,24 @@ T = TypeVar("T")
 CommandBuilder = Callable[[Path, EngineConfig, Path], list[str]]
 
 
-class EngineState(StrEnum):
-    STARTING = "starting"
-    READY = "ready"
-    RESTARTING = "restarting"
-    STOPPED = "stopped"
-
-
-@dataclass(frozen=True, slots=True)
-class EngineDeath:
-    """The state at a crash. `stepping`: the model that was running or about to run. `loading`: the models whose loads had not ended."""
-
-    exit_text: str
-    stepping: str | None
-    loading: tuple[str, ...]
-
-
-class EngineListener(Protocol):
-    def engine_ready(self, hello: Hello) -> None: ...
-
-    def engine_died(self, death: EngineDeath) -> None: ...
-
-    def engine_dropped(self, model_id: str, error: RepertoryError) -> None:
-        """Handle a loaded model that failed by itself and is no longer in the engine."""
-
-
 class EngineClient:
-    """Supervises one engine process and exchanges messages with it. Call `start` first and `stop` last, all on one event loop."""
+    """Supervises one engine process and exchanges messages with it. Call `start` first and `stop` last, all on one event loop.
+
+    Args:
+        changes: is notified of changes; None = one of its own.
+        label: names the engine in logs and errors.
+    """
 
     def __init__(
-        self, config: EngineConfig, *, command: CommandBuilder = engine_command, restart: RestartPolicy | None = None
+        self,
+        config: EngineConfig,
+        *,
+        command: CommandBuilder = engine_command,
+        restart: RestartPolicy | None = None,
+        changes: Changes | None = None,
+        label: str = "the engine",
     ) -> None:
+        self._label = label
         self._config = config
         self._command = command
         self._restart = restart or RestartPolicy()
@@ -103,7 +89,8 @@ class EngineClient:
         self.hello: Hello | None = None
         self.stats: EngineStats | None = None
         self.failure = ""
-        self.changes = Changes()
+        self.changes = changes or Changes()
+        self.models: set[str] = set()  # those that were to be loaded, and were not unloaded or refused since
 
     def listen(self, listener: EngineListener) -> None:
         self._listener = listener
@@ -116,7 +103,7 @@ class EngineClient:
         """Wait until an engine is ready. Raises Unavailable once restarting has been given up."""
         while self.state is not EngineState.READY:
             if self.state is EngineState.STOPPED:
-                raise Unavailable(self.failure or "the engine is stopped")
+                raise Unavailable(self.failure or f"{self._label} is stopped")
             await self.changes.wait()
         assert self.hello is not None
         return self.hello
@@ -144,12 +131,19 @@ class EngineClient:
 
     async def load(self, request: Load) -> ModelFacts:
         """Admit a model and return when it is admitted. A caller that stops waiting must call `unload`. Raises the engine's error, or Unavailable."""
-        return await self._ask(request, self._loads)
+        self.models.add(request.model_id)
+        try:
+            return await self._ask(request, self._loads)
+        except RepertoryError as error:
+            if not isinstance(error, Unavailable):  # After a crash the model is loaded here again, or unloaded.
+                self.models.discard(request.model_id)
+            raise
 
     async def unload(self, model_id: str) -> None:
         """Unload a model and return when its memory is free, at once if no engine runs."""
         with contextlib.suppress(Unavailable):
             await self._ask(Unload(model_id), self._unloads)
+        self.models.discard(model_id)
 
     def running(self, model_id: str) -> int:
         """Return the number of the model's open sequences, queued ones included."""
@@ -222,8 +216,13 @@ class EngineClient:
             case Loaded(facts=facts):
                 _answer(self._loads, facts.model_id, facts)
             case LoadFailed(model_id=model_id):
-                failure = from_code(event.code, event.message, model=model_id)
+                failure = (
+                    ModelTooLarge(event.message, model=model_id, limit=event.budget_bytes)
+                    if event.budget_bytes
+                    else from_code(event.code, event.message, model=model_id)
+                )
                 if not _answer(self._loads, model_id, failure) and self._listener is not None:
+                    self.models.discard(model_id)
                     self._listener.engine_dropped(model_id, failure)
             case Unloaded(model_id=model_id):
                 _answer(self._unloads, model_id, None)
@@ -247,8 +246,8 @@ class EngineClient:
         if self._stopping:
             return Unavailable("the runtime is shutting down")
         if self.state is EngineState.STOPPED:
-            return Unavailable(self.failure or "the engine is stopped")
-        return Unavailable(f"the engine is {self.state.value}; try again", retry_after_s=5.0)
+            return Unavailable(self.failure or f"{self._label} is stopped")
+        return Unavailable(f"{self._label} is {self.state.value}; try again", retry_after_s=5.0)
 
     async def _ask(self, command: Load | Unload, queues: "dict[str, deque[asyncio.Future[T]]]") -> T:
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
@@ -278,7 +277,7 @@ class EngineClient:
                 if failed_starts >= most:
                     self._set_state(EngineState.STOPPED)
                     return
-                log.error("the engine did not start (%d of %d): %s", failed_starts, most, error.message)
+                log.error("%s did not start (%d of %d): %s", self._label, failed_starts, most, error.message)
             else:
                 failed_starts = 0
                 assert self.hello is not None
@@ -311,15 +310,15 @@ class EngineClient:
             ended.cancel()
         if not self._hello.done():
             await process.kill()
-            raise Unavailable(f"the engine ended before it was ready: {process.exit_text}")
+            raise Unavailable(f"{self._label} ended before it was ready: {process.exit_text}")
         if self._hello.exception() is not None:
             await process.kill()
         self.hello = self._hello.result()
         self.failure = ""
         self._set_state(EngineState.READY)
-        log.info("the engine is ready: pid %d, %s", process.pid, self.hello.device_name)
+        log.info("%s is ready: pid %d, %s", self._label, process.pid, self.hello.device_name)
         if self._listener is not None:
-            self._listener.engine_ready(self.hello)
+            self._listener.engine_ready(frozenset(self.models))
         return process
 
     def _died(self, exit_text: str) -> None:
@@ -331,15 +330,17 @@ class EngineClient:
             exit_text=exit_text,
             stepping=marked,
             loading=tuple(model_id for model_id, queue in self._loads.items() if queue),
+            models=frozenset(self.models),
         )
         self._crash_marker.mark("")
         self._process = None
         self.restarts += 1
         self.stats = None
-        self.failure = f"the engine {exit_text}"
+        self.failure = f"{self._label} {exit_text}"
         self._set_state(EngineState.RESTARTING)
         log.error(
-            "the engine %s; stepping %s, loading %s, %d streams lost",
+            "%s %s; stepping %s, loading %s, %d streams lost",
+            self._label,
             exit_text,
             death.stepping,
             death.loading,
@@ -348,7 +349,7 @@ class EngineClient:
         # The listener comes first: the consumers of the streams must find the models in their new state.
         if self._listener is not None:
             self._listener.engine_died(death)
-        self._fail_all(Unavailable(f"the engine {exit_text}; it is being restarted", retry_after_s=5.0))
+        self._fail_all(Unavailable(f"{self._label} {exit_text}; it is being restarted", retry_after_s=5.0))
 
     def _has_work(self) -> bool:
         return bool(self._streams) or any(self._loads.values()) or any(self._unloads.values())

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,8 @@ from common.model_key import Dtype, ModelSettings
 from common.public_uri import public_uri
 from runtime.checkpoint.device_fit import cut_text
 from runtime.config.schema import RuntimeConfig
-from runtime.engine_client.client import EngineClient, EngineDeath, EngineState
+from runtime.engine_client.groups import EngineGroups
+from runtime.engine_client.lifecycle import EngineDeath, EngineState
 from runtime.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -33,7 +34,7 @@ from runtime.errors import (
     Unavailable,
 )
 from runtime.interfaces import ServedModel
-from runtime.ipc.messages import Hello, Load
+from runtime.ipc.messages import Load
 from runtime.models.entry import Entry
 from runtime.models.model_key import fingerprint
 from runtime.models.model_state import ModelView, Phase, Preparer, Progress
@@ -55,7 +56,7 @@ _COMING = (Phase.PULLING, Phase.PACKING, Phase.LOADING, Phase.RETURNING)
 class Models:
     """Implements runtime.interfaces.ModelDirectory and the engine's EngineListener. Event loop only."""
 
-    def __init__(self, config: RuntimeConfig, engine: EngineClient, preparer: Preparer, load_text: TextLoader) -> None:
+    def __init__(self, config: RuntimeConfig, engine: EngineGroups, preparer: Preparer, load_text: TextLoader) -> None:
         self._config = config
         self._engine = engine
         self._preparer = preparer
@@ -168,15 +169,17 @@ class Models:
 
     # Events of the engine
 
-    def engine_ready(self, hello: Hello) -> None:
+    def engine_ready(self, models: Collection[str]) -> None:
         for entry in self._entries.values():
-            if entry.phase is Phase.RETURNING:
+            if entry.phase is Phase.RETURNING and entry.model_id in models:
                 self._operations.add(entry.model_id, OperationKind.RETURN, entry.mark, partial(self._return, entry))
 
     def engine_died(self, death: EngineDeath) -> None:
         names = {*death.loading, *([death.stepping] if death.stepping is not None else [])}
         self._quarantine.strike([(name, self._entries[name].mark) for name in sorted(names) if name in self._entries])
         for entry in self._entries.values():
+            if entry.model_id not in death.models:
+                continue
             if entry.phase is Phase.LOADED:
                 entry.phase = Phase.RETURNING
             if entry.phase is Phase.RETURNING and self._quarantine.holds(entry.model_id, entry.mark):
@@ -258,14 +261,15 @@ class Models:
             await self.changes.wait(1.0)
 
     async def _bring(self, entry: Entry, base: Entry | None) -> None:
-        hello = await self._engine.wait_ready()
+        await self._engine.wait_ready()
         loop = asyncio.get_running_loop()
         settings = entry.settings
+        self._engine.check_offers(settings.tensor_parallel, entry.name)
         if base is not None:
             assert base.served is not None
             settings = msgspec.structs.replace(settings, dtype=cast("Dtype", base.served.facts.dtype))
         entry.prepared = await self._preparer.prepare(
-            entry.source, settings, hello.device, lambda progress: _post(loop, self._note, entry, progress)
+            entry.source, settings, self._engine.device, lambda progress: _post(loop, self._note, entry, progress)
         )
         load_text = self._load_text if base is None or base.served is None else base.served.text.adapted
         async with self._slots:
@@ -291,18 +295,14 @@ class Models:
     async def _admit(self, entry: Entry) -> ModelFacts:
         assert entry.prepared is not None
         settings = entry.settings
-        request = Load(
-            entry.model_id,
-            entry.prepared.checkpoint,
-            settings.max_model_len,
-            self._config.engine.max_waiting,
-            entry.base_id,
-        )
+        checkpoint, max_waiting = entry.prepared.checkpoint, self._config.engine.max_waiting
+        request = Load(entry.model_id, checkpoint, settings.max_model_len, max_waiting, entry.base_id)
         while True:
-            await self._engine.wait_ready()
+            await self._engine.wait_ready(entry.model_id)
             restarts = self._engine.restarts
+            last_used_s = {one.model_id: one.last_used_s for one in self._entries.values()}
             try:
-                return await self._engine.load(request)
+                return await self._engine.load(request, settings.tensor_parallel, last_used_s)
             except Unavailable:
                 # The engine crashed: try again until the load's timeout, unless this model is blamed for the crash.
                 if self._engine.state is EngineState.STOPPED:

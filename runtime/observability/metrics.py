@@ -4,13 +4,14 @@ Series are labelled with the model's name and dropped when the model is unloaded
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 
 from common.model_state import ModelFigures, Tier
+from runtime.engine_client.groups import EngineGroup
 from runtime.ipc.messages import EngineStats, GrammarFigures, RowTokens
 from runtime.observability.adapter_metrics import AdapterMetrics
 from runtime.observability.token_counters import ModelTokenCounters
@@ -183,19 +184,18 @@ class Instruments:
                 ("grammar_mask_seconds", "mask_seconds", "Time to compute token masks in seconds."),
             )
         ]
-        self.device_used = Gauge(
-            "repertory_device_used_bytes", "Device memory lent to weights and KV cache in bytes.", registry=registry
+        self.device_used = self._of_device(
+            "repertory_device_used_bytes", "Device memory lent to weights and KV cache in bytes."
         )
-        self.device_budget = Gauge(
-            "repertory_device_budget_bytes",
-            "Device memory budget for weights and KV cache in bytes.",
-            registry=registry,
+        self.device_budget = self._of_device(
+            "repertory_device_budget_bytes", "Device memory budget for weights and KV cache in bytes."
         )
-        self.host_used = Gauge("repertory_host_used_bytes", "Used part of the host arena in bytes.", registry=registry)
-        self.host_budget = Gauge("repertory_host_budget_bytes", "Size of the host arena in bytes.", registry=registry)
-        self.stranded = Gauge(
-            "repertory_stranded_bytes", "Free KV blocks in partly used slabs, in bytes.", registry=registry
-        )
+        self.host_used = self._of_device("repertory_host_used_bytes", "Used part of the device's host arena in bytes.")
+        self.host_budget = self._of_device("repertory_host_budget_bytes", "Size of the device's host arena in bytes.")
+        self.stranded = self._of_device("repertory_stranded_bytes", "Free KV blocks in partly used slabs, in bytes.")
+
+    def _of_device(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, ("device",), registry=self.registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return self._kept(Counter(name, text, (*_LABEL, *labels), registry=self.registry))
@@ -321,7 +321,7 @@ class RuntimeMetrics:
         self._instruments = Instruments(registry or CollectorRegistry())
         self.adapters = AdapterMetrics(self._instruments.registry, max_adapters)
         self._models: dict[str, ModelMetrics] = {}
-        self._grammars = GrammarFigures()
+        self._grammars: dict[str, GrammarFigures] = {}  # those of the last report, by the group's first device
 
     def of(self, name: str) -> ModelMetrics:
         model = self._models.get(name)
@@ -329,23 +329,31 @@ class RuntimeMetrics:
             model = self._models[name] = ModelMetrics(name, self._instruments)
         return model
 
-    def update(self, stats: EngineStats, names: Mapping[str, str]) -> None:
-        """Record the engine's report. `names` maps a model's id to its name; the series of other models are dropped."""
+    def update(self, groups: Sequence[EngineGroup], names: Mapping[str, str]) -> None:
+        """Record the engines' reports. `names` maps a model's id to its name; the series of other models are dropped."""
+        for group in groups:
+            if group.stats is not None:
+                self._update_group(group, group.stats, names)
+        for name in set(self._models) - set(names.values()):
+            self.forget(name)
+
+    def _update_group(self, group: EngineGroup, stats: EngineStats, names: Mapping[str, str]) -> None:
         to = self._instruments
-        to.device_used.set(stats.device_used_bytes)
-        to.device_budget.set(stats.device_budget_bytes)
-        to.host_used.set(stats.host_used_bytes)
-        to.host_budget.set(stats.host_budget_bytes)
-        to.stranded.set(stats.stranded_bytes)
-        before = self._grammars if stats.grammars.masks_total >= self._grammars.masks_total else GrammarFigures()
+        for device in group.devices:
+            to.device_used.labels(device).set(stats.device_used_bytes)
+            to.device_budget.labels(device).set(stats.device_budget_bytes)
+            to.host_used.labels(device).set(stats.host_used_bytes)
+            to.host_budget.labels(device).set(stats.host_budget_bytes)
+            to.stranded.labels(device).set(stats.stranded_bytes)
+        before = self._grammars.get(group.devices[0], GrammarFigures())
+        if stats.grammars.masks_total < before.masks_total:
+            before = GrammarFigures()
         for counter, field in to.grammars:
             counter.inc(max(0.0, getattr(stats.grammars, field) - getattr(before, field)))
-        self._grammars = stats.grammars
+        self._grammars[group.devices[0]] = stats.grammars
         for model in stats.models:
             if model.model_id in names:
                 self.of(names[model.model_id]).update(model)
-        for name in set(self._models) - set(names.values()):
-            self.forget(name)
 
     def forget(self, name: str) -> None:
         """Drop the series of a model."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,12 +112,18 @@ class CheckpointPreparer:
         return await self._in_thread(self._pool_of(source), lambda: self._identity(source, job), job)
 
     async def look(
-        self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False
+        self,
+        source: ModelSource,
+        settings: ModelSettings,
+        device: str,
+        *,
+        group_sizes: Collection[int] = (),
+        local_only: bool = False,
     ) -> ModelMetadata:
-        """See runtime.puller.inspection.Fitter."""
+        """See runtime.puller.inspection.ModelInspector."""
         job = PullJob(lambda progress: None)
         return await self._in_thread(
-            self._pool_of(source), lambda: self._look(source, settings, device, local_only, job), job
+            self._pool_of(source), lambda: self._look(source, settings, device, group_sizes, local_only, job), job
         )
 
     async def refusal(self, look: ModelMetadata, settings: ModelSettings) -> str:
@@ -221,7 +227,13 @@ class CheckpointPreparer:
         return self._pulled_files.listing(place, source, job).key
 
     def _look(
-        self, source: ModelSource, settings: ModelSettings, device: str, local_only: bool, job: PullJob
+        self,
+        source: ModelSource,
+        settings: ModelSettings,
+        device: str,
+        group_sizes: Collection[int],
+        local_only: bool,
+        job: PullJob,
     ) -> ModelMetadata:
         place = locate(source, self._config)
         if settings.adapter_of is not None:
@@ -248,16 +260,17 @@ class CheckpointPreparer:
             reason = "" if local_only else self._refusal(config, gguf_file, settings.max_model_len, job)
             raise LoadFailed(f"{source.uri}: {reason or f'config.json has no {error.args[0]}'}") from error
         quantised = msgspec.structs.replace(settings, quantize=quantization)
-        num_devices = self._config.engine.tensor_parallel
+        by_size = {size: needs_of(geometry, tensors, quantised, device, size) for size in {1, *group_sizes}}
         return ModelMetadata(
             geometry,
-            needs_of(geometry, tensors, quantised, device, num_devices),
+            by_size[1],
             quantization,
             bool(tensors) and quantization is Quantization.NONE,
             config,
             gguf_file,
-            unpacking_of(geometry, tensors, quantised, device, num_devices),
+            unpacking_of(geometry, tensors, quantised, device),
             is_remote_gguf,
+            by_size,
         )
 
 

@@ -5,7 +5,8 @@ ModelMesh fails a load whose predicted size is 0, and never calls the method aga
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from cachetools import LRUCache
@@ -23,15 +24,24 @@ _DEFAULT_BYTES = GIB  # while neither the files nor the engine's capacity are kn
 _WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt")
 
 
+@dataclass(frozen=True, slots=True)
+class Sizing:
+    """What sizes depend on: the kind of device, the capacity, and the budget of each device by the size of its group."""
+
+    device: str
+    capacity: Capacity
+    budgets: Mapping[int, int]
+
+
 class SizePredictor:
     """Starts one inspection per source and settings, shared by all callers that ask meanwhile, and keeps its result.
 
-    `capacity` waits for the engine, and returns its device and the capacity.
+    `sizing` waits for the engines.
     """
 
-    def __init__(self, inspector: ModelInspector, capacity: Callable[[], Awaitable[tuple[str, Capacity]]]) -> None:
+    def __init__(self, inspector: ModelInspector, sizing: Callable[[], Awaitable[Sizing]]) -> None:
         self._inspector = inspector
-        self._capacity = capacity
+        self._sizing = sizing
         self._last_capacity: Capacity | None = None
         self._running: dict[bytes, asyncio.Task[int | None]] = {}
         self._known: LRUCache[bytes, int] = LRUCache(_NUM_KEPT)
@@ -58,13 +68,18 @@ class SizePredictor:
 
     async def _inspect(self, source: ModelSource, settings: ModelSettings) -> int | None:
         """Return None if the files cannot be inspected here; loadModel will say why."""
-        device, capacity = await self._capacity()
-        self._last_capacity = capacity
+        sizing = await self._sizing()
+        capacity = self._last_capacity = sizing.capacity
+        wanted = settings.tensor_parallel
+        sizes = sorted(sizing.budgets) if wanted == "auto" else [wanted]
         try:
-            needs = (await self._inspector.look(source, settings, device, local_only=True)).needs
+            look = await self._inspector.look(source, settings, sizing.device, group_sizes=sizes, local_only=True)
         except RepertoryError:
             return None
-        return capacity.charge(needs.weight_bytes, needs.kv_bytes_per_token, needs.max_model_len)
+        fitting = (size for size in sizes if look.needs_on(size).weight_bytes <= sizing.budgets.get(size, 0))
+        size = next(fitting, sizes[-1])
+        needs = look.needs_on(size)
+        return capacity.charge(needs.weight_bytes, needs.kv_bytes_per_token, needs.max_model_len, size)
 
     def _estimate(self, source: ModelSource) -> int:
         """Return the size of local weight files, else the default size that the mesh assumes."""

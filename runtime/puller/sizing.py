@@ -91,16 +91,6 @@ class Unpacking:
     nf4_weight_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class ResidentBytes:
-    """A model that is in device memory."""
-
-    model_id: str
-    device_bytes: int
-    busy: bool
-    last_used_s: float
-
-
 def needs_of(
     geometry: Geometry,
     tensors: Sequence[TensorShape],
@@ -144,7 +134,7 @@ def needs_of(
 
 
 def unpacking_of(
-    geometry: Geometry, tensors: Sequence[TensorShape], settings: ModelSettings, device: str, num_devices: int = 1
+    geometry: Geometry, tensors: Sequence[TensorShape], settings: ModelSettings, device: str
 ) -> Unpacking | None:
     """Return what unpacking quantised blocks costs; None for a checkpoint without any."""
     stored: Counter[str] = Counter()
@@ -156,7 +146,7 @@ def unpacking_of(
     nf4_bytes = 0
     if settings.quantize is Quantization.NONE:
         as_nf4 = msgspec.structs.replace(settings, quantize=Quantization.NF4)
-        nf4_bytes = needs_of(geometry, tensors, as_nf4, device, num_devices).weight_bytes
+        nf4_bytes = needs_of(geometry, tensors, as_nf4, device).weight_bytes
     return Unpacking(max(quantised, key=quantised.__getitem__), stored.total(), nf4_bytes)
 
 
@@ -198,19 +188,6 @@ def estimate_parameters(geometry: Geometry) -> int:
     attention = 2 * geometry.hidden_size**2 + 2 * geometry.hidden_size * geometry.num_kv_heads * geometry.head_dim
     layer = attention + 3 * geometry.hidden_size * geometry.intermediate_size
     return geometry.num_layers * layer + 2 * geometry.vocab_size * geometry.hidden_size
-
-
-def victims(needed_bytes: int, free_bytes: int, residents: Sequence[ResidentBytes]) -> tuple[list[str], int]:
-    """Return the idle models that would be evicted, least recently used first, and the bytes still missing after all of them."""
-    missing = needed_bytes - free_bytes
-    chosen: list[str] = []
-    for resident in sorted(residents, key=lambda one: one.last_used_s):
-        if missing <= 0:
-            break
-        if not resident.busy:
-            chosen.append(resident.model_id)
-            missing -= resident.device_bytes
-    return chosen, max(missing, 0)
 
 
 def checkpoint_dtype(config: Mapping[str, object]) -> str:

@@ -39,6 +39,9 @@ ROOT = Path(__file__).parent.parent.parent
         ({"dtype": "float8"}, "dtype", "dtype is 'float8'"),
         ({"max_model_len": 0}, "max_model_len", "max_model_len is 0; it must be an integer at least 1"),
         ({"max_model_len": 1.5}, "max_model_len", "it must be an integer"),
+        ({"tensor_parallel": 0}, "tensor_parallel", "it must be an integer at least 1 and at most 64 or one of auto"),
+        ({"tensor_parallel": "all"}, "tensor_parallel", "tensor_parallel is 'all'"),
+        ({"tensor_parallel": 2, "adapter_of": "b"}, "tensor_parallel", "an adapter has that of its base, b"),
         ({"max_concurrency": -1}, "max_concurrency", "max_concurrency is -1"),
         ({"sampling": {"temperature": -1}}, "sampling.temperature", "at least 0 and at most 100"),
         ({"sampling": {"temperature": 1000}}, "sampling.temperature", "sampling.temperature is 1000"),
@@ -151,3 +154,11 @@ def test_flags_give_the_settings_of_a_registration(tmp_path: Path) -> None:
         CopySettings(min_copies=2, pinned=True, priority=-3, idle_timeout_s=90),
     )
     assert settings_flags.given(parser.parse_args([])) == {}
+
+
+@pytest.mark.parametrize(("text", "value"), [("2", 2), ("auto", "auto"), ("-1", -1)])
+def test_flag_takes_a_number_or_a_word(text: str, value: object) -> None:
+    """The schema checks both, as it does for the other surfaces."""
+    parser = argparse.ArgumentParser()
+    settings_flags.add_flags(parser)
+    assert settings_flags.given(parser.parse_args(["--tensor-parallel", text])) == {"tensor_parallel": value}

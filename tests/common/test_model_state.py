@@ -27,7 +27,10 @@ _states = st.builds(
     load_s=st.floats(0, 1e9),
     tokens_per_s=st.floats(0, 1e9),
     **{field.name: _count for field in msgspec.structs.fields(ModelState) if field.type is int},
-    **{name: st.text() for name in ("progress_text", "quantization", "dtype", "architecture", "path", "error")},
+    **{
+        name: st.text()
+        for name in ("progress_text", "quantization", "dtype", "architecture", "path", "error", "devices")
+    },
 )
 
 

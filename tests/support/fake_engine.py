@@ -1,6 +1,6 @@
 """A tiny engine process: speaks runtime.ipc.messages, "loads" anything, and echoes each prompt's tokens plus one, one token a step.
 
-Model ids steer it: a load of "fail…" is refused, of "slow…" takes `--load-s`, of "deadly…" kills the process; a prompt that starts with KILL
+A model takes `checkpoint.weight_bytes`, divided by the devices of the engine. Model ids steer it: a load of "fail…" is refused, of "slow…" takes `--load-s`, of "deadly…" kills the process; a prompt that starts with KILL
 ends the process by SIGKILL, one that starts with FAULT ends as ERROR; one that starts with STALL never gets a token. What it is told goes
 to `--journal`.
 """
@@ -17,6 +17,7 @@ import msgspec
 
 from common.exit_status import CANNOT_START
 from common.model_state import ModelFigures, Tier
+from runtime.config.schema import EngineConfig
 from runtime.ipc.crash_marker import CrashMarker
 from runtime.ipc.messages import (
     Abort,
@@ -41,6 +42,7 @@ KILL = 999_001
 FAULT = 999_002
 STALL = 999_003
 WEIGHT_BYTES = 1000
+BUDGET_BYTES = 100_000
 SLAB_BYTES = 4096
 
 
@@ -52,13 +54,17 @@ class FakeEngine:
         journal: Path | None,
         load_s: float,
         step_s: float,
+        config: EngineConfig,
     ) -> None:
+        self.budget = config.device_budget_bytes or BUDGET_BYTES
+        self.num_devices = config.tensor_parallel
         self.writer = writer
         self.crash_marker = crash_marker
         self.journal = journal
         self.load_s = load_s
         self.step_s = step_s
         self.models: dict[str, Load] = {}
+        self.weights: dict[str, int] = {}
         self.loading: dict[str, asyncio.Task[None]] = {}
         self.rows: dict[int, asyncio.Task[None]] = {}
         self.row_models: dict[int, str] = {}
@@ -113,7 +119,13 @@ class FakeEngine:
         if model_id.startswith("fail"):
             self.send(LoadFailed(model_id, "RESOURCE_EXHAUSTED", f"model {model_id!r} needs 10 bytes of 5"))
             return
+        weight_bytes = (command.checkpoint.weight_bytes or WEIGHT_BYTES) // self.num_devices
+        if weight_bytes > self.budget:
+            self.send(LoadFailed(model_id, "FAILED_PRECONDITION", f"it needs {weight_bytes} bytes", self.budget))
+            return
         self.models[model_id] = command
+        self.weights[model_id] = weight_bytes
+        self.stats()  # before the answer, as the real engine
         self.send(
             Loaded(
                 ModelFacts(
@@ -122,7 +134,7 @@ class FakeEngine:
                     path="fused: fake",
                     dtype=command.checkpoint.dtype,
                     quantization=command.checkpoint.quantization,
-                    weight_bytes=WEIGHT_BYTES,
+                    weight_bytes=weight_bytes,
                     kv_bytes_per_token=2,
                     max_model_len=command.max_model_len or 64,
                     vocab_size=1_000_000,
@@ -131,7 +143,6 @@ class FakeEngine:
                 )
             )
         )
-        self.stats()
 
     async def run(self, add: Add) -> None:
         prompt, max_tokens = add.request.prompt, add.request.stop.max_tokens
@@ -176,8 +187,8 @@ class FakeEngine:
             ModelFigures(
                 model_id=model_id,
                 tier=Tier.DEVICE,
-                weight_bytes=WEIGHT_BYTES,
-                device_bytes=WEIGHT_BYTES,
+                weight_bytes=self.weights[model_id],
+                device_bytes=self.weights[model_id],
                 kv_bytes=0,
                 kv_used_tokens=0,
                 kv_cached_tokens=0,
@@ -187,7 +198,7 @@ class FakeEngine:
             )
             for model_id in self.models
         )
-        self.send(EngineStats(100_000, WEIGHT_BYTES * len(models), 0, 0, 0, models))
+        self.send(EngineStats(self.budget, sum(model.device_bytes for model in models), 0, 0, 0, models))
 
     async def shutdown(self, grace_s: float) -> None:
         if self.rows:
@@ -211,13 +222,15 @@ async def main() -> None:
     if options.stillborn:
         raise SystemExit(3)
     reader, writer = await asyncio.open_unix_connection(options.socket)
-    engine = FakeEngine(writer, CrashMarker(options.crash_marker), options.journal, options.load_s, options.step_s)
+    config = msgspec.json.decode(options.config, type=EngineConfig)
+    marker = CrashMarker(options.crash_marker)
+    engine = FakeEngine(writer, marker, options.journal, options.load_s, options.step_s, config)
     engine.note("start")
     if options.unfit:
         engine.send(StartFailed(options.unfit))
         await writer.drain()
         os._exit(CANNOT_START)
-    engine.send(Hello(os.getpid(), "cpu", "fake device", 100_000, 0, SLAB_BYTES, 256))
+    engine.send(Hello(os.getpid(), "cpu", "fake device", engine.budget, 0, SLAB_BYTES, 256))
     engine.stats()
     decoder = msgspec.msgpack.Decoder(Command)
     while True:

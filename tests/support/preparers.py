@@ -12,7 +12,10 @@ from runtime.types import Checkpoint, ModelSource
 
 
 class ScriptedPreparer:
-    """Counts what it prepares and what was given back. `files` is the identity of all sources. A URI of "missing:" fails, of "endless:" never ends; others take `delay_s`."""
+    """Counts what it prepares and what was given back. `files` is the identity of all sources. A URI of "missing:" fails, of "endless:" never ends; others take `delay_s`.
+
+    A URI of "sized:N" has weights of N bytes.
+    """
 
     def __init__(self, delay_s: float = 0.0) -> None:
         self.delay_s = delay_s
@@ -28,7 +31,12 @@ class ScriptedPreparer:
         await asyncio.sleep(3600 if source.uri.startswith("endless:") else self.delay_s)
         self.held += 1
         return Prepared(
-            Checkpoint(model_dir="/nowhere", quantization=settings.quantize, dtype="float32"),
+            Checkpoint(
+                model_dir="/nowhere",
+                quantization=settings.quantize,
+                dtype="float32",
+                weight_bytes=int(source.uri.removeprefix("sized:")) if source.uri.startswith("sized:") else 0,
+            ),
             self._release,
             self.files,
         )

@@ -1,9 +1,11 @@
 """The runtime's own gRPC services over a fake engine, with scripted files."""
 
 import asyncio
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import grpc.aio
+import msgspec
 
 from common.model_key import ModelSettings, Quantization
 from runtime.api.mesh_only import MeshOnly
@@ -12,7 +14,7 @@ from runtime.api.spi import ModelRuntimeApi, add_spi
 from runtime.api.state import SERVICE_NAME as STATE_NAME
 from runtime.api.state import RuntimeStateApi, add_state
 from runtime.config.schema import RuntimeConfig
-from runtime.engine_client.client import EngineClient
+from runtime.engine_client.groups import EngineGroups
 from runtime.engine_client.restart_policy import RestartPolicy
 from runtime.errors import LoadFailed
 from runtime.models.manager import Models
@@ -32,7 +34,13 @@ class ScriptedFitter:
         self.ended: list[str] = []
 
     async def look(
-        self, source: ModelSource, settings: ModelSettings, device: str, *, local_only: bool = False
+        self,
+        source: ModelSource,
+        settings: ModelSettings,
+        device: str,
+        *,
+        group_sizes: Collection[int] = (),
+        local_only: bool = False,
     ) -> ModelMetadata:
         if source.uri.startswith("slow:"):
             await self.may_end.wait()
@@ -45,6 +53,7 @@ class ScriptedFitter:
             Quantization.NONE,
             exact=False,
             config={"uri": source.uri},
+            shared_needs={size: needs_of(GEOMETRY, (), settings, device, size) for size in group_sizes},
         )
 
     async def refusal(self, look: ModelMetadata, settings: ModelSettings) -> str:
@@ -52,9 +61,16 @@ class ScriptedFitter:
 
 
 class SpiRuntime:
-    def __init__(self, tmp_path: Path, config: RuntimeConfig, restart: RestartPolicy | None = None) -> None:
+    def __init__(
+        self,
+        tmp_path: Path,
+        config: RuntimeConfig,
+        restart: RestartPolicy | None = None,
+        group_sizes: Sequence[int] = (1,),
+    ) -> None:
         restart = restart or RestartPolicy(first_s=0.01, start_timeout_s=20.0)
-        self.engine = EngineClient(config.engine, command=fake_command(), restart=restart)
+        engines = [msgspec.structs.replace(config.engine, tensor_parallel=size) for size in group_sizes]
+        self.engine = EngineGroups(engines, command=fake_command(), restart=restart)
         self.preparer = ScriptedPreparer(0.05)
         self.models = Models(config, self.engine, self.preparer, no_text)
         self.server = grpc.aio.server(interceptors=(MeshOnly(SPI_NAME, STATE_NAME),))

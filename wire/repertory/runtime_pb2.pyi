@@ -22,7 +22,7 @@ class WatchRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class RuntimeSnapshot(_message.Message):
-    __slots__ = ("device_budget_bytes", "device_used_bytes", "host_budget_bytes", "host_used_bytes", "capacity_bytes", "stranded_bytes", "engine_state", "engine_restarts", "device_name", "models", "device_reserve_bytes")
+    __slots__ = ("device_budget_bytes", "device_used_bytes", "host_budget_bytes", "host_used_bytes", "capacity_bytes", "stranded_bytes", "engine_state", "engine_restarts", "device_name", "models", "device_reserve_bytes", "devices")
     DEVICE_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     HOST_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +34,7 @@ class RuntimeSnapshot(_message.Message):
     DEVICE_NAME_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_RESERVE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     device_budget_bytes: int
     device_used_bytes: int
     host_budget_bytes: int
@@ -45,10 +46,25 @@ class RuntimeSnapshot(_message.Message):
     device_name: str
     models: _containers.RepeatedCompositeFieldContainer[ModelState]
     device_reserve_bytes: int
-    def __init__(self, device_budget_bytes: _Optional[int] = ..., device_used_bytes: _Optional[int] = ..., host_budget_bytes: _Optional[int] = ..., host_used_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., stranded_bytes: _Optional[int] = ..., engine_state: _Optional[_Union[EngineState, str]] = ..., engine_restarts: _Optional[int] = ..., device_name: _Optional[str] = ..., models: _Optional[_Iterable[_Union[ModelState, _Mapping]]] = ..., device_reserve_bytes: _Optional[int] = ...) -> None: ...
+    devices: _containers.RepeatedCompositeFieldContainer[DeviceState]
+    def __init__(self, device_budget_bytes: _Optional[int] = ..., device_used_bytes: _Optional[int] = ..., host_budget_bytes: _Optional[int] = ..., host_used_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., stranded_bytes: _Optional[int] = ..., engine_state: _Optional[_Union[EngineState, str]] = ..., engine_restarts: _Optional[int] = ..., device_name: _Optional[str] = ..., models: _Optional[_Iterable[_Union[ModelState, _Mapping]]] = ..., device_reserve_bytes: _Optional[int] = ..., devices: _Optional[_Iterable[_Union[DeviceState, _Mapping]]] = ...) -> None: ...
+
+class DeviceState(_message.Message):
+    __slots__ = ("name", "group", "budget_bytes", "used_bytes", "engine_state")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_STATE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    group: str
+    budget_bytes: int
+    used_bytes: int
+    engine_state: EngineState
+    def __init__(self, name: _Optional[str] = ..., group: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., engine_state: _Optional[_Union[EngineState, str]] = ...) -> None: ...
 
 class ModelState(_message.Message):
-    __slots__ = ("model_id", "state", "tier", "progress", "progress_bytes", "total_bytes", "progress_text", "weight_bytes", "device_bytes", "kv_bytes", "kv_used_tokens", "kv_cached_tokens", "running", "waiting", "swap_in_s", "load_s", "quantization", "dtype", "architecture", "path", "max_model_len", "tokens_per_s", "error", "kv_usage", "prompt_tokens_total", "generated_tokens_total", "prefix_hit_tokens_total", "preemptions_total", "steps_total", "step_seconds_total", "evictions_total", "swap_ins_total", "wanted_model_len", "busy_s", "kv_host_bytes", "kv_saved_blocks_total", "kv_restored_blocks_total", "kv_dropped_blocks_total")
+    __slots__ = ("model_id", "state", "tier", "progress", "progress_bytes", "total_bytes", "progress_text", "weight_bytes", "device_bytes", "kv_bytes", "kv_used_tokens", "kv_cached_tokens", "running", "waiting", "swap_in_s", "load_s", "quantization", "dtype", "architecture", "path", "max_model_len", "tokens_per_s", "error", "kv_usage", "prompt_tokens_total", "generated_tokens_total", "prefix_hit_tokens_total", "preemptions_total", "steps_total", "step_seconds_total", "evictions_total", "swap_ins_total", "wanted_model_len", "busy_s", "kv_host_bytes", "kv_saved_blocks_total", "kv_restored_blocks_total", "kv_dropped_blocks_total", "devices")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         PULLING: _ClassVar[ModelState.State]
@@ -111,6 +127,7 @@ class ModelState(_message.Message):
     KV_SAVED_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     KV_RESTORED_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     KV_DROPPED_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     state: ModelState.State
     tier: ModelState.Tier
@@ -149,7 +166,8 @@ class ModelState(_message.Message):
     kv_saved_blocks_total: int
     kv_restored_blocks_total: int
     kv_dropped_blocks_total: int
-    def __init__(self, model_id: _Optional[str] = ..., state: _Optional[_Union[ModelState.State, str]] = ..., tier: _Optional[_Union[ModelState.Tier, str]] = ..., progress: _Optional[float] = ..., progress_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., progress_text: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., device_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., kv_cached_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., swap_in_s: _Optional[float] = ..., load_s: _Optional[float] = ..., quantization: _Optional[str] = ..., dtype: _Optional[str] = ..., architecture: _Optional[str] = ..., path: _Optional[str] = ..., max_model_len: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., error: _Optional[str] = ..., kv_usage: _Optional[float] = ..., prompt_tokens_total: _Optional[int] = ..., generated_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., steps_total: _Optional[int] = ..., step_seconds_total: _Optional[float] = ..., evictions_total: _Optional[int] = ..., swap_ins_total: _Optional[int] = ..., wanted_model_len: _Optional[int] = ..., busy_s: _Optional[float] = ..., kv_host_bytes: _Optional[int] = ..., kv_saved_blocks_total: _Optional[int] = ..., kv_restored_blocks_total: _Optional[int] = ..., kv_dropped_blocks_total: _Optional[int] = ...) -> None: ...
+    devices: str
+    def __init__(self, model_id: _Optional[str] = ..., state: _Optional[_Union[ModelState.State, str]] = ..., tier: _Optional[_Union[ModelState.Tier, str]] = ..., progress: _Optional[float] = ..., progress_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., progress_text: _Optional[str] = ..., weight_bytes: _Optional[int] = ..., device_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_used_tokens: _Optional[int] = ..., kv_cached_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., swap_in_s: _Optional[float] = ..., load_s: _Optional[float] = ..., quantization: _Optional[str] = ..., dtype: _Optional[str] = ..., architecture: _Optional[str] = ..., path: _Optional[str] = ..., max_model_len: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., error: _Optional[str] = ..., kv_usage: _Optional[float] = ..., prompt_tokens_total: _Optional[int] = ..., generated_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., steps_total: _Optional[int] = ..., step_seconds_total: _Optional[float] = ..., evictions_total: _Optional[int] = ..., swap_ins_total: _Optional[int] = ..., wanted_model_len: _Optional[int] = ..., busy_s: _Optional[float] = ..., kv_host_bytes: _Optional[int] = ..., kv_saved_blocks_total: _Optional[int] = ..., kv_restored_blocks_total: _Optional[int] = ..., kv_dropped_blocks_total: _Optional[int] = ..., devices: _Optional[str] = ...) -> None: ...
 
 class FitRequest(_message.Message):
     __slots__ = ("model_id", "model_path", "model_key", "sizes_only")
@@ -164,7 +182,7 @@ class FitRequest(_message.Message):
     def __init__(self, model_id: _Optional[str] = ..., model_path: _Optional[str] = ..., model_key: _Optional[str] = ..., sizes_only: bool = ...) -> None: ...
 
 class FitResponse(_message.Message):
-    __slots__ = ("weight_bytes", "kv_bytes_per_token", "min_kv_bytes", "workspace_bytes", "capacity_bytes", "fits", "reason", "evicts", "max_model_len", "quantization", "architecture", "num_parameters", "exact", "wanted_model_len", "unpacked_blocks", "stored_bytes", "nf4_weight_bytes")
+    __slots__ = ("weight_bytes", "kv_bytes_per_token", "min_kv_bytes", "workspace_bytes", "capacity_bytes", "fits", "reason", "evicts", "max_model_len", "quantization", "architecture", "num_parameters", "exact", "wanted_model_len", "unpacked_blocks", "stored_bytes", "nf4_weight_bytes", "num_devices")
     WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     MIN_KV_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -182,6 +200,7 @@ class FitResponse(_message.Message):
     UNPACKED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
     NF4_WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_DEVICES_FIELD_NUMBER: _ClassVar[int]
     weight_bytes: int
     kv_bytes_per_token: int
     min_kv_bytes: int
@@ -199,7 +218,8 @@ class FitResponse(_message.Message):
     unpacked_blocks: str
     stored_bytes: int
     nf4_weight_bytes: int
-    def __init__(self, weight_bytes: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., min_kv_bytes: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., fits: bool = ..., reason: _Optional[str] = ..., evicts: _Optional[_Iterable[str]] = ..., max_model_len: _Optional[int] = ..., quantization: _Optional[str] = ..., architecture: _Optional[str] = ..., num_parameters: _Optional[int] = ..., exact: bool = ..., wanted_model_len: _Optional[int] = ..., unpacked_blocks: _Optional[str] = ..., stored_bytes: _Optional[int] = ..., nf4_weight_bytes: _Optional[int] = ...) -> None: ...
+    num_devices: int
+    def __init__(self, weight_bytes: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., min_kv_bytes: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., fits: bool = ..., reason: _Optional[str] = ..., evicts: _Optional[_Iterable[str]] = ..., max_model_len: _Optional[int] = ..., quantization: _Optional[str] = ..., architecture: _Optional[str] = ..., num_parameters: _Optional[int] = ..., exact: bool = ..., wanted_model_len: _Optional[int] = ..., unpacked_blocks: _Optional[str] = ..., stored_bytes: _Optional[int] = ..., nf4_weight_bytes: _Optional[int] = ..., num_devices: _Optional[int] = ...) -> None: ...
 
 class ListFilesRequest(_message.Message):
     __slots__ = ()

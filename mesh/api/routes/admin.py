@@ -147,6 +147,7 @@ class AdminRoutes:
             pods[own_id] = msgspec.structs.replace(
                 pods[own_id],
                 device_used_bytes=now.device_used_bytes,
+                devices=now.devices,
                 running=sum(model.running for model in now.models),
                 waiting=sum(model.waiting for model in now.models),
             )
@@ -168,6 +169,7 @@ class AdminRoutes:
                         shutting_down=pod.shutting_down,
                         start_time_ms=pod.start_time_ms,
                         labels=list(pod.labels),
+                        devices=list(pod.devices),
                     )
                     for instance_id, pod in pods.items()
                 ]
@@ -200,6 +202,7 @@ class AdminRoutes:
             unpacked_blocks=answer.unpacked_blocks,
             stored_bytes=answer.stored_bytes,
             nf4_weight_bytes=answer.nf4_weight_bytes,
+            num_devices=answer.num_devices,
         )
 
 

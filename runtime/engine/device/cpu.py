@@ -33,11 +33,12 @@ class CpuDevice:
     """Implements Device."""
 
     def __init__(self, config: EngineConfig) -> None:
-        if config.num_threads or config.tensor_parallel > 1:
-            own_share = max(1, (os.cpu_count() or 1) // config.tensor_parallel)
+        num_sharers = max(config.tensor_parallel, config.host_sharers)
+        if config.num_threads or num_sharers > 1:
+            own_share = max(1, (os.cpu_count() or 1) // num_sharers)
             torch.set_num_threads(config.num_threads or own_share)
         slab_bytes = config.slab_bytes or _SLAB_BYTES
-        budget = config.device_budget_bytes or free_bytes() // (2 * config.tensor_parallel)
+        budget = config.device_budget_bytes or free_bytes() // (2 * num_sharers)
         check_budget(budget, slab_bytes, psutil.virtual_memory().total)
         self.device = torch.device("cpu")
         self.name = platform.processor() or platform.machine()

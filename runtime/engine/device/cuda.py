@@ -119,13 +119,13 @@ def host_kv_budget(config: EngineConfig, host_bytes: int) -> int:
 
 
 def host_tier(config: EngineConfig, slab_bytes: int) -> tuple[str, int]:
-    """Return the arena's path ("" = private memory) and its size: as configured, else as an earlier engine left it, else half of free memory.
+    """Return the arena's path ("" = private memory) and its size: as configured, else as an earlier engine left it, else its part of half of free memory.
 
     The size is at most what the path's file system can hold. If that is less than half of the size (a container's 64 MiB, say), memory is private.
     """
     path = config.host_arena_path
     left_bytes = Path(path).stat().st_size if path and Path(path).exists() else 0
-    wanted = config.host_budget_bytes or left_bytes or free_memory_bytes() // 2
+    wanted = config.host_budget_bytes or left_bytes or free_memory_bytes() // (2 * config.host_sharers)
     if path:
         room_bytes = shared_memory_free_bytes(path) - _INDEX_BYTES
         if room_bytes < max(wanted // 2, slab_bytes):

@@ -40,6 +40,7 @@ def settings(*arguments: str, env: dict[str, str] | None = None) -> Settings:
         ("--device", "gpu"),
         ("--oversubscribe", "tape"),
         ("--tensor-parallel", "0"),
+        ("--gpu-groups", "2,x"),
         ("--log-level", "loud"),
         ("--http-listen", "99999"),
         ("--http-listen", "127.0.0.1:99999"),
@@ -64,6 +65,12 @@ def test_serve_refuses_a_bad_flag_by_name(
 @pytest.mark.parametrize("flag", ["--tensor-parallel", "--num-shard", "--tensor-parallel-size"])
 def test_tensor_parallel_accepts_the_names_of_other_launchers(flag: str) -> None:
     assert settings(flag, "2").runtime["engine"]["tensor_parallel"] == 2
+
+
+def test_gpu_groups_reach_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings("--gpu-groups", "2, 1,1").runtime["gpu_groups"] == [2, 1, 1]
+    monkeypatch.setenv("REPERTORY_GPU_GROUPS", "1,1")
+    assert settings().runtime["gpu_groups"] == [1, 1]
 
 
 def test_help_never_shows_a_key(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,11 @@ from runtime.api.spi import SERVICE_NAME as SPI_NAME
 from runtime.api.state import SERVICE_NAME as STATE_NAME
 from runtime.api.state import TokenRate
 from runtime.config.schema import EngineConfig, RuntimeConfig
+from runtime.engine_client.groups import EngineGroup
+from runtime.engine_client.lifecycle import EngineState
 from runtime.engine_client.restart_policy import RestartPolicy
 from runtime.ipc.messages import Hello
-from runtime.models.capacity import capacity_of
+from runtime.models.capacity import budgets_of, capacity_of
 from runtime.models.model_state import Phase
 from tests.support.fake_engine import WEIGHT_BYTES
 from tests.support.spi_runtime import SLAB, SpiRuntime
@@ -197,9 +199,51 @@ async def test_fit_returns_the_sizes_and_the_victims(runtime: SpiRuntime, stub: 
         assert code is grpc.StatusCode.FAILED_PRECONDITION
 
 
+@pytest.fixture
+async def grouped(tmp_path: Path) -> AsyncIterator[RuntimeStateStub]:
+    """A runtime with a group of two devices and a single one. The model takes 10 slabs of one device, or 8 of each of two."""
+    engine = EngineConfig(slab_bytes=SLAB, device_budget_bytes=9 * SLAB)
+    runtime = SpiRuntime(tmp_path, RuntimeConfig(grace_s=0.2, engine=engine), group_sizes=(2, 1))
+    await runtime.server.start()
+    runtime.engine.start()
+    async with grpc.aio.insecure_channel(runtime.address) as channel:
+        await ready(ModelRuntimeStub(channel))
+        yield RuntimeStateStub(channel)
+    await runtime.server.stop(0)
+    await runtime.models.close()
+    await runtime.engine.stop(0.0)
+
+
+async def test_fit_takes_the_smallest_group_that_holds_the_model(grouped: RuntimeStateStub) -> None:
+    answer = await grouped.fit(state.FitRequest(model_path="/models/b"))
+    alone = await grouped.fit(state.FitRequest(model_path="/models/b", model_key='{"tensor_parallel": 1}'))
+    assert (answer.fits, answer.num_devices) == (True, 2)
+    assert (alone.fits, alone.num_devices) == (False, 1)
+    assert answer.weight_bytes < alone.weight_bytes
+    assert answer.capacity_bytes == alone.capacity_bytes == 9 * SLAB
+    four = await grouped.fit(state.FitRequest(model_path="/models/b", model_key='{"tensor_parallel": 4}'))
+    assert not four.fits
+    assert "the groups of devices here have sizes 2, 1" in four.reason
+
+
+async def test_snapshot_lists_the_devices_of_all_groups(grouped: RuntimeStateStub) -> None:
+    async for snapshot in grouped.watch(state.WatchRequest()):
+        if sum(device.budget_bytes for device in snapshot.devices) == 27 * SLAB:
+            break
+    assert [(device.name, device.group) for device in snapshot.devices] == [
+        ("cpu:0", "cpu:0"), ("cpu:1", "cpu:0"), ("cpu:2", "cpu:2"),
+    ]  # fmt: skip
+    assert snapshot.device_budget_bytes == snapshot.capacity_bytes == 27 * SLAB
+    assert snapshot.device_name == "3 × fake device"
+
+
+def group(hello: Hello, *devices: str) -> EngineGroup:
+    return EngineGroup(devices, hello, None, EngineState.READY, frozenset())
+
+
 def test_capacity_of_follows_oversubscribe() -> None:
-    cpu = Hello(1, "cpu", "cpu", 1000, 0, 64, 8)
-    gpu = Hello(1, "cuda:0", "gpu", 1000, 5000, 64, 8)
+    cpu = [group(Hello(1, "cpu", "cpu", 1000, 0, 64, 8), "cpu")]
+    gpu = [group(Hello(1, "cuda:0", "gpu", 1000, 5000, 64, 8), "cuda:0")]
     assert capacity_of("auto", cpu, 9).capacity_bytes == 1000
     assert capacity_of("host", cpu, 9).mode == "none"
     assert capacity_of("auto", gpu, 9).capacity_bytes == 5000
@@ -208,6 +252,16 @@ def test_capacity_of_follows_oversubscribe() -> None:
     assert capacity_of("host", gpu, 9).charge(70, 1, 100) == 70
     assert capacity_of("none", gpu, 9).charge(70, 9, 100) == 2 * 64 + 2 * 64  # 8 tokens of KV beside the weights
     assert capacity_of("none", gpu, 9).charge(70, 9, 7) == 2 * 64 + 64
+
+
+def test_capacity_of_several_groups_is_that_of_all_devices() -> None:
+    pair = group(Hello(1, "cuda:0", "gpu", 1000, 5000, 64, 8), "cuda:0", "cuda:1")
+    single = group(Hello(2, "cuda:2", "gpu", 900, 4000, 64, 8), "cuda:2")
+    assert capacity_of("none", [pair, single], 9).capacity_bytes == 2900
+    assert capacity_of("host", [pair, single], 9).capacity_bytes == 14_000
+    assert capacity_of("none", [pair, single], 9).charge(70, 9, 7, num_devices=2) == 2 * (2 * 64 + 64)
+    assert capacity_of("host", [pair, single], 9).charge(70, 9, 7, num_devices=2) == 140
+    assert budgets_of([single, pair, group(single.hello, "cuda:3")]) == {1: 900, 2: 1000}
 
 
 def test_token_rate_restarts_with_the_counter() -> None:
@@ -292,8 +346,8 @@ async def test_load_model_waits_while_the_engine_restarts(runtime: SpiRuntime, s
     """ModelMesh remembers a failed load for 15 minutes, so a dead engine must cost time and no failure."""
     await ready(stub)
     await stub.loadModel(request("before"))
-    assert runtime.engine.hello is not None
-    os.kill(runtime.engine.hello.pid, signal.SIGKILL)
+    [group] = runtime.engine.groups
+    os.kill(group.hello.pid, signal.SIGKILL)
     loads: list[asyncio.Future[spi.LoadModelResponse]] = []
     while runtime.engine.restarts == 0:
         loads.append(asyncio.ensure_future(stub.loadModel(request(f"m{len(loads)}"))))
@@ -312,8 +366,8 @@ async def test_load_model_of_a_dead_engine_ends_at_its_timeout(tmp_path: Path) -
     async with grpc.aio.insecure_channel(runtime.address) as channel:
         stub = ModelRuntimeStub(channel)
         await ready(stub)
-        assert runtime.engine.hello is not None
-        os.kill(runtime.engine.hello.pid, signal.SIGKILL)
+        [group] = runtime.engine.groups
+        os.kill(group.hello.pid, signal.SIGKILL)
         code, text = await refused(stub.loadModel(request("a")))
         assert code is grpc.StatusCode.DEADLINE_EXCEEDED
         assert "took longer than 0.5 s" in text

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import signal
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,15 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.config.schema import EngineConfig
-from runtime.engine_client.client import EngineClient, EngineDeath, EngineState
+from runtime.engine_client.client import EngineClient
+from runtime.engine_client.lifecycle import EngineDeath, EngineState
 from runtime.engine_client.restart_policy import RestartPolicy, Silence
 from runtime.engine_client.streams import DeliveryPacer, RowStream, merge_rows
-from runtime.errors import EngineFault, ModelNotFound, Overloaded, RepertoryError, Unavailable
+from runtime.errors import EngineFault, ModelNotFound, ModelTooLarge, Overloaded, RepertoryError, Unavailable
 from runtime.ipc.crash_marker import CrashMarker
-from runtime.ipc.messages import Hello, Load, RowTokens
+from runtime.ipc.messages import Load, RowTokens
 from runtime.types import Checkpoint, FinishReason, GenerationRequest, SamplingParams, StopParams
 from tests.support.engines import fake_command
-from tests.support.fake_engine import FAULT, KILL, STALL
+from tests.support.fake_engine import BUDGET_BYTES, FAULT, KILL, STALL
 from tests.support.waiting import until
 
 FAST = RestartPolicy(first_s=0.01, most_s=0.05, healthy_s=60.0, start_timeout_s=20.0, max_failed_starts=3)
@@ -29,11 +30,11 @@ FAST = RestartPolicy(first_s=0.01, most_s=0.05, healthy_s=60.0, start_timeout_s=
 
 class Listener:
     def __init__(self) -> None:
-        self.hellos: list[Hello] = []
+        self.readied: list[set[str]] = []
         self.deaths: list[EngineDeath] = []
 
-    def engine_ready(self, hello: Hello) -> None:
-        self.hellos.append(hello)
+    def engine_ready(self, models: Collection[str]) -> None:
+        self.readied.append(set(models))
 
     def engine_died(self, death: EngineDeath) -> None:
         self.deaths.append(death)
@@ -110,6 +111,12 @@ async def test_engine_client_errors_carry_their_codes(client: EngineClient) -> N
     await client.load(load("a"))
     with pytest.raises(EngineFault, match="a step broke"):
         await collect(client, "a", [FAULT])
+
+
+async def test_engine_client_restores_the_budget_that_a_model_exceeds(client: EngineClient) -> None:
+    with pytest.raises(ModelTooLarge, match="it needs 200000 bytes") as caught:
+        await client.load(Load("big", Checkpoint(model_dir="/nowhere", weight_bytes=200_000)))
+    assert caught.value.limit == BUDGET_BYTES
 
 
 async def test_engine_client_aborts_the_row_of_a_closed_stream(client: EngineClient, tmp_path: Path) -> None:

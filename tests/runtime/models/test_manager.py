@@ -3,14 +3,15 @@
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from common.model_key import ModelSettings
 from runtime.config.schema import RuntimeConfig
-from runtime.engine_client.client import EngineClient
+from runtime.engine_client.groups import EngineGroups
+from runtime.engine_client.placement import Wanted
 from runtime.engine_client.restart_policy import RestartPolicy
 from runtime.errors import Cancelled, DeadlineExceeded, LoadFailed, ModelNotFound, Overloaded, Quarantined, Unavailable
 from runtime.ipc.messages import Load
@@ -28,9 +29,11 @@ PLAIN = ModelSettings()
 
 
 class House:
-    def __init__(self, tmp_path: Path, config: RuntimeConfig, preparer: ScriptedPreparer) -> None:
+    def __init__(self, tmp_path: Path, config: RuntimeConfig, preparer: ScriptedPreparer, num_engines: int = 1) -> None:
         self.journal_path = tmp_path / "journal"
-        self.engine = EngineClient(config.engine, command=fake_command(journal=self.journal_path), restart=FAST)
+        self.engine = EngineGroups(
+            [config.engine] * num_engines, command=fake_command(journal=self.journal_path), restart=FAST
+        )
         self.preparer = preparer
         self.models = Models(config, self.engine, preparer, no_text)
 
@@ -296,27 +299,52 @@ async def test_manager_retries_a_load_that_crashed_the_engine(house: House) -> N
     assert house.preparer.held == 0
 
 
-class UnnoticedDeath(EngineClient):
+class UnnoticedDeath(EngineGroups):
     """Refuses the first load as a client does whose engine has just closed the socket and is not yet known to be dead."""
 
     refusals = 1
 
-    async def load(self, request: Load) -> ModelFacts:
+    async def load(self, request: Load, wanted: Wanted, last_used_s: Mapping[str, float]) -> ModelFacts:
         if self.refusals:
             self.refusals -= 1
             raise Unavailable("the engine is ready; try again")
-        return await super().load(request)
+        return await super().load(request, wanted, last_used_s)
 
 
 async def test_manager_load_survives_a_death_that_is_not_noticed_yet(tmp_path: Path) -> None:
     config = RuntimeConfig(load_timeout_s=5.0, grace_s=0.2)
-    engine = UnnoticedDeath(config.engine, command=fake_command(), restart=FAST)
+    engine = UnnoticedDeath([config.engine], command=fake_command(), restart=FAST)
     models = Models(config, engine, ScriptedPreparer(), no_text)
     engine.start()
     assert (await models.load("a", SOURCE, PLAIN)).model_id == "a"
     assert engine.refusals == 0
     await models.close()
     await engine.stop(0.0)
+
+
+async def test_manager_returns_the_models_of_the_engine_that_died(tmp_path: Path) -> None:
+    """Those of another engine answer meanwhile."""
+    house = House(tmp_path, RuntimeConfig(load_timeout_s=5.0, grace_s=0.2), ScriptedPreparer(), num_engines=2)
+    house.engine.start()
+    await house.models.load("a", SOURCE, PLAIN)
+    await house.models.load("b", SOURCE, PLAIN)
+    with pytest.raises(Unavailable):
+        await house.generate("a", KILL)
+    assert (house.phase("a"), house.phase("b")) == (Phase.RETURNING, Phase.LOADED)
+    assert await house.generate("b", 5) == [6, 6]
+    await house.until(lambda: house.phase("a") is Phase.LOADED)
+    assert await house.generate("a", 5) == [6, 6]
+    assert house.journal("load") == ["a", "b", "a"]
+    await house.models.close()
+    await house.engine.stop(0.0)
+
+
+async def test_manager_refuses_a_size_that_no_group_has_before_it_pulls(house: House) -> None:
+    with pytest.raises(
+        LoadFailed, match="model wide: its tensor_parallel is 2, and the groups of devices here have sizes 1"
+    ):
+        await house.models.load("wide", SOURCE, ModelSettings(tensor_parallel=2))
+    assert house.preparer.started == 0
 
 
 async def test_manager_unloads_while_the_engine_restarts(house: House) -> None:

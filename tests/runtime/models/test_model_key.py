@@ -12,7 +12,7 @@ from runtime.errors import InvalidRequest, LoadFailed
 from runtime.models.model_key import fingerprint, parse_model
 from runtime.puller.checkpoint_check import CheckpointKind, Policy, inspect
 from runtime.puller.gguf_metadata import read_gguf
-from runtime.puller.sizing import ResidentBytes, checkpoint_dtype, compute_dtype, geometry_of, needs_of, victims
+from runtime.puller.sizing import checkpoint_dtype, compute_dtype, geometry_of, needs_of
 from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
 from tests.support.smollm2 import gguf_path
@@ -163,17 +163,6 @@ def test_needs_of_a_checkpoint(tmp_path: Path) -> None:
         needs_of(geometry, inspect(tmp_path / "m", Policy()).tensors, ModelSettings(), "cpu").weight_bytes
         == needs.weight_bytes
     )
-
-
-def test_victims_are_idle_and_least_recently_used() -> None:
-    residents = [
-        ResidentBytes("new", 10, False, 9.0),
-        ResidentBytes("busy", 10, True, 1.0),
-        ResidentBytes("old", 10, False, 2.0),
-    ]
-    assert victims(5, 5, residents) == ([], 0)
-    assert victims(12, 5, residents) == (["old"], 0)
-    assert victims(40, 5, residents) == (["old", "new"], 15)
 
 
 @pytest.mark.parametrize(

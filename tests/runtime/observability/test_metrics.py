@@ -1,13 +1,21 @@
 """Metrics: vLLM's names with values that add up, counters over an engine's restart, series that go with their model."""
 
 from common.model_state import ModelFigures, Tier
-from runtime.ipc.messages import EngineStats, GrammarFigures, RowTokens
+from runtime.engine_client.groups import EngineGroup
+from runtime.engine_client.lifecycle import EngineState
+from runtime.ipc.messages import EngineStats, GrammarFigures, Hello, RowTokens
 from runtime.observability.metrics import RuntimeMetrics
 from runtime.types import FinishReason
 
+HELLO = Hello(1, "cuda:0", "a GPU", 1000, 2000, 10, 256)
 
-def stats(*models: ModelFigures, grammars: GrammarFigures | None = None) -> EngineStats:
-    return EngineStats(1000, 400, 2000, 500, 7, models, grammars or GrammarFigures())
+
+def group(stats: EngineStats, *devices: str) -> EngineGroup:
+    return EngineGroup(devices, HELLO, stats, EngineState.READY, frozenset())
+
+
+def stats(*models: ModelFigures, grammars: GrammarFigures | None = None) -> list[EngineGroup]:
+    return [group(EngineStats(1000, 400, 2000, 500, 7, models, grammars or GrammarFigures()), "cuda:0")]
 
 
 def model_stats(model_id: str = "id1", **fields: float) -> ModelFigures:
@@ -26,7 +34,7 @@ def test_gauges_come_from_the_engines_report() -> None:
     assert 'vllm:num_requests_waiting{model_name="shown"} 4.0' in text
     assert 'vllm:kv_cache_usage_perc{model_name="shown"} 0.25' in text
     assert 'repertory_model_tier{model_name="shown"} 3.0' in text
-    assert "repertory_device_used_bytes 400.0" in text
+    assert 'repertory_device_used_bytes{device="cuda:0"} 400.0' in text
     assert "unknown" not in text
 
 
@@ -44,6 +52,21 @@ def test_saved_kv_is_counted_in_blocks_and_bytes() -> None:
     assert 'repertory_model_kv_host_bytes{model_name="m"} 700.0' in text
     for name, count in (("saved", 9), ("restored", 4), ("dropped", 2)):
         assert f'repertory_model_kv_{name}_blocks_total{{model_name="m"}} {count}.0' in text
+
+
+def test_figures_of_several_groups_add_up() -> None:
+    metrics = RuntimeMetrics()
+    for _ in range(2):
+        pair = EngineStats(1000, 400, 0, 0, 0, (model_stats("a"),), GrammarFigures(grammars_total=2))
+        one = EngineStats(900, 100, 0, 0, 0, (model_stats("b"),), GrammarFigures(grammars_total=3))
+        metrics.update([group(pair, "cuda:0", "cuda:1"), group(one, "cuda:2")], {"a": "a", "b": "b"})
+    text = metrics.render().decode()
+    used = {
+        f'repertory_device_used_bytes{{device="cuda:{number}"}} {size}.0' for number, size in enumerate((400, 400, 100))
+    }
+    assert used <= set(text.splitlines())
+    assert "repertory_grammars_total 5.0" in text
+    assert 'vllm:num_requests_running{model_name="b"} 3.0' in text
 
 
 def test_counters_add_up_over_a_restart_of_the_engine() -> None:

@@ -1,0 +1,65 @@
+"""Which devices each engine of a runtime owns, and its part of the host's memory."""
+
+import pytest
+
+from common.errors import ConfigError
+from runtime.config.schema import EngineConfig
+from runtime.engine_client.group_plan import device_names, plan_groups
+from runtime.engine_client.visible_gpus import count_gpus, visible_gpus
+
+
+@pytest.mark.parametrize(
+    ("device", "tensor_parallel", "sizes", "num_visible", "expected"),
+    [
+        ("auto", 1, (), 0, [("auto", 1)]),
+        ("auto", 1, (), 1, [("auto", 1)]),
+        ("auto", 1, (), 3, [("cuda:0", 1), ("cuda:1", 1), ("cuda:2", 1)]),
+        ("cuda", 2, (), 5, [("cuda:0", 2), ("cuda:2", 2)]),
+        ("cuda", 4, (), 2, [("cuda", 4)]),  # The engine says that there are too few GPUs.
+        ("cuda:1", 1, (), 4, [("cuda:1", 1)]),
+        ("cuda:1", 2, (), 4, [("cuda:1", 2)]),
+        ("auto", 1, (2, 1, 1), 4, [("cuda:0", 2), ("cuda:2", 1), ("cuda:3", 1)]),
+        ("cuda:1", 1, (1, 2), 4, [("cuda:1", 1), ("cuda:2", 2)]),
+        ("cpu", 2, (), 0, [("cpu", 2)]),
+        ("cpu", 1, (2, 1), 0, [("cpu", 2), ("cpu", 1)]),
+    ],
+)
+def test_plan_groups_divides_the_devices(
+    device: str, tensor_parallel: int, sizes: tuple[int, ...], num_visible: int, expected: list[tuple[str, int]]
+) -> None:
+    engine = EngineConfig(device=device, tensor_parallel=tensor_parallel)
+    planned = plan_groups(engine, sizes, num_visible)
+    assert [(one.device, one.tensor_parallel) for one in planned] == expected
+
+
+def test_plan_groups_divides_host_memory() -> None:
+    planned = plan_groups(EngineConfig(device="cpu", host_budget_bytes=800, host_kv_bytes=80), (2, 1, 1), 0)
+    assert {(one.host_budget_bytes, one.host_kv_bytes, one.host_sharers) for one in planned} == {(200, 20, 4)}
+
+
+@pytest.mark.parametrize(
+    ("device", "tensor_parallel", "sizes", "num_visible", "text"),
+    [
+        ("auto", 1, (2, 1), 2, "needs 3 GPUs, and 2 are visible"),
+        ("cuda:1", 1, (1, 1), 2, "from cuda:1 on needs 3 GPUs"),
+        ("auto", 1, (1, 1), 0, "no GPU is visible"),
+        ("cpu", 2, (1, 1), 0, "are both given"),
+    ],
+)
+def test_plan_groups_refuses_what_the_machine_lacks(
+    device: str, tensor_parallel: int, sizes: tuple[int, ...], num_visible: int, text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        plan_groups(EngineConfig(device=device, tensor_parallel=tensor_parallel), sizes, num_visible)
+
+
+def test_device_names_are_those_of_the_driver_and_distinct_on_a_cpu() -> None:
+    assert device_names("cuda:2", 2, 7, is_only=False) == ("cuda:2", "cuda:3")
+    assert device_names("cpu", 2, 1, is_only=False) == ("cpu:1", "cpu:2")
+    assert device_names("cpu", 1, 0, is_only=True) == ("cpu",)
+    assert device_names("cuda:0", 1, 0, is_only=True) == ("cuda:0",)
+
+
+def test_gpus_are_counted_without_a_driver() -> None:
+    assert count_gpus("no-such-library.so") == 0
+    assert visible_gpus("cpu") == 0
