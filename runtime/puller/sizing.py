@@ -105,16 +105,13 @@ def needs_of(
     if tensors:
         tensors = with_codes_as_bytes(tensors)
         weight_bytes = sum(
-            tensor_bytes(tensor, settings.quantize, size)
-            // (num_devices if is_layer_matrix(tensor.name, tensor.shape) else 1)
+            tensor_bytes(tensor, settings.quantize, size) // (num_devices if _is_divided(tensor) else 1)
             for tensor in tensors
         )
         num_parameters = sum(tensor.numel for tensor in tensors if tensor.dtype in _FLOATS)
     else:
         num_parameters = estimate_parameters(geometry)
-        whole = (
-            2 * geometry.vocab_size * geometry.hidden_size
-        )  # each device has the embeddings and the output projection
+        whole = geometry.vocab_size * geometry.hidden_size  # Each device has the embeddings.
         weight_bytes = ((num_parameters - whole) // num_devices + whole) * size
     num_kv_heads = max(1, geometry.num_kv_heads // num_devices)
     kv_bytes_per_token = 2 * geometry.num_layers * num_kv_heads * geometry.head_dim * size
@@ -131,6 +128,11 @@ def needs_of(
         num_parameters,
         dtype,
     )
+
+
+def _is_divided(tensor: TensorShape) -> bool:
+    """Return whether devices that share a model have a part of this tensor each."""
+    return tensor.name == "lm_head.weight" or is_layer_matrix(tensor.name, tensor.shape)
 
 
 def unpacking_of(

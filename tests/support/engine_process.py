@@ -194,21 +194,40 @@ class Engine:
             scores[index].extend(entry.logprob for entry in row.prompt_logprobs or () if entry is not None)
         return scores
 
+    def rows(self, model_id: str, requests: Sequence[GenerationRequest]) -> list[list[messages.RowTokens]]:
+        """Send all requests at once and return the rows of each."""
+        rows: list[list[messages.RowTokens]] = [[] for _ in requests]
+        for index, row in self._answers([(model_id, request) for request in requests]):
+            rows[index].append(row)
+        return rows
+
     def _rows(
         self,
         prompts: list[tuple[str, "np.ndarray[Any, np.dtype[np.int32]]"]],
         output_tokens: int,
         logprobs: LogprobParams,
     ) -> Iterator[tuple[int, messages.RowTokens]]:
+        stop = StopParams(max_tokens=output_tokens, ignore_eos=True)
+        return self._answers(
+            [
+                (
+                    model_id,
+                    GenerationRequest(
+                        prompt=tuple(ids.tolist()),
+                        sampling=SamplingParams(temperature=0.0),
+                        stop=stop,
+                        logprobs=logprobs,
+                    ),
+                )
+                for model_id, ids in prompts
+            ]
+        )
+
+    def _answers(self, requests: Sequence[tuple[str, GenerationRequest]]) -> Iterator[tuple[int, messages.RowTokens]]:
         first = self._next_id
-        self._next_id += len(prompts)
-        for offset, (model_id, ids) in enumerate(prompts):
-            stop = StopParams(max_tokens=output_tokens, ignore_eos=True)
-            request = GenerationRequest(
-                prompt=tuple(ids.tolist()), sampling=SamplingParams(temperature=0.0), stop=stop, logprobs=logprobs
-            )
-            self._send(messages.Add(first + offset, model_id, request))
-        waiting = len(prompts)
+        for model_id, request in requests:
+            self._add(model_id, request)
+        waiting = len(requests)
         while waiting:
             event = self._receive(300)
             for row in event.rows if isinstance(event, messages.Tokens) else ():

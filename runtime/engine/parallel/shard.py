@@ -1,7 +1,8 @@
 """Divides a decoder among the ranks of a tensor-parallel group.
 
 Each rank has some of the attention heads and of the MLP's inner channels. q, k, v, gate and up are divided by their outputs, and o and down by their
-inputs, so that the sums of all ranks' outputs of o and down are the layer's. Embeddings, norms and the output projection are on every rank.
+inputs, so that the sums of all ranks' outputs of o and down are the layer's. The output projection is divided by tokens of the vocabulary, and the
+sum of all ranks' logits, each 0 where another rank has the token, are the model's. Embeddings and norms are on every rank.
 """
 
 import copy
@@ -22,6 +23,11 @@ class Shard:
         """Return (start, length) of this rank's part of `full` channels. Ranks share a part if there are fewer parts than ranks."""
         num_parts = full // local
         return self.rank * num_parts // self.size * local, local
+
+    def slice_of(self, full: int) -> tuple[int, int]:
+        """Return (start, length) of this rank's part of `full` rows, which need not divide evenly."""
+        start = self.rank * full // self.size
+        return start, (self.rank + 1) * full // self.size - start
 
 
 WHOLE = Shard()

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from common.model_key import ModelSettings, Quantization
+from runtime.ipc.messages import RowTokens, TokenLogprobs
 from runtime.puller.checkpoint_check import Policy, inspect
 from runtime.puller.pack.packing import pack
 from runtime.puller.pack.request import PACKED_NAME, PackRequest
 from runtime.puller.sizing import geometry_of, needs_of
-from runtime.types import Checkpoint, GenerationRequest, ModelFacts, SamplingParams, StopParams
+from runtime.types import Checkpoint, GenerationRequest, LogprobParams, ModelFacts, SamplingParams, StopParams
 from tests.support.engine_process import Engine, engine
 from tests.support.families import family
 from tests.support.llama_checkpoints import tiny_llama
@@ -98,6 +99,51 @@ def test_quantised_weights_on_two_ranks_give_the_text_of_one(
         with loaded(running, quantization.value, checkpoint):
             found.append(texts(running, quantization.value, prompts(5, 3)))
     assert found[0] == found[1]
+
+
+def test_logprobs_and_drawn_tokens_of_two_ranks_are_those_of_one(single: Engine, pair: Engine, tmp_path: Path) -> None:
+    """Each rank has the logits of a part of the vocabulary, whose 193 tokens do not divide evenly. Masks and filters see them all."""
+    checkpoint, asked, _ = saved("llama", tmp_path)
+    sampling = SamplingParams(
+        temperature=1.0, top_k=40, seed=7, logit_bias=((5, 2.0), (190, 2.0)), repetition_penalty=1.2
+    )
+    requests = [
+        GenerationRequest(
+            prompt=tuple(prompt),
+            sampling=drawn,
+            stop=StopParams(max_tokens=16, ignore_eos=True),
+            logprobs=LogprobParams(5, 3),
+        )
+        for prompt in asked
+        for drawn in (sampling, SamplingParams(temperature=0.0, allowed_token_ids=(3, 96, 97, 192)))
+    ]
+    found = []
+    for running in (single, pair):
+        with loaded(running, "m", checkpoint):
+            found.append(running.rows("m", requests))
+    for of_one, of_two in zip(*found, strict=True):
+        assert [token for row in of_one for token in row.tokens] == [token for row in of_two for token in row.tokens]
+        for one, two in zip(_scores(of_one), _scores(of_two), strict=True):
+            assert one.logprob == pytest.approx(two.logprob, abs=1e-4)
+            assert (one.rank, [token for token, _ in one.top]) == (two.rank, [token for token, _ in two.top])
+
+
+def _scores(rows: list[RowTokens]) -> list[TokenLogprobs]:
+    """The log-probabilities of the generated tokens, and of the prompt's but the first."""
+    return [one for row in rows for one in (*(row.logprobs or ()), *(row.prompt_logprobs or ())) if one is not None]
+
+
+def test_output_projection_is_divided(single: Engine, pair: Engine, tmp_path: Path) -> None:
+    """Llama's is a tensor of its own. Gemma's is tied to the embeddings, which every rank has whole."""
+    saving = {}
+    for name in ("llama", "gemma3"):
+        checkpoint, _, _ = saved(name, tmp_path / name)
+        sizes = []
+        for running in (single, pair):
+            with loaded(running, name, checkpoint) as facts:
+                sizes.append(facts.weight_bytes)
+        saving[name] = sizes[0] / sizes[1]
+    assert saving["llama"] > saving["gemma3"] > 1
 
 
 def test_sizes_are_predicted_per_rank(pair: Engine, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from runtime.engine.model.build.weight_loader import WeightFiller
 from runtime.engine.model.cpu.onednn_layout import OneDnnLayout, OneDnnMatrix
 from runtime.engine.model.run.adapters import StepPort
 from runtime.engine.model.run.attention import IMPLEMENTATION
-from runtime.engine.model.run.fused_spec import StackSpec
+from runtime.engine.model.run.fused_spec import HeadPart, StackSpec
 from runtime.engine.model.run.fused_stack import FusedStack
 from runtime.engine.model.run.kv_geometry import AttentionGeometry, attention_geometry, kv_planes
 from runtime.engine.model.run.linear import AllReduce
@@ -68,6 +68,7 @@ class Blueprint:
     num_parameters: int
     identity: str
     targets: tuple[AdapterTarget, ...]
+    head: HeadPart | None = None
 
 
 def draw(
@@ -128,12 +129,16 @@ def _draw(
         resolution = resolve(skeleton, specs, index, aliases)
 
     channels_of: ChannelsOf = all_channels
+    head: HeadPart | None = None
     if shard.size > 1:
         quantised = {name.rpartition(".")[0] for name in index if name.endswith((".absmax", ".scale"))}
         skeleton = _skeleton(card, shard_config(card.config, shard), index)
         cuts = _cuts(source, skeleton, verdict, shard)
         specs, resolution = cut_tensors(specs, resolution, cuts, quantised)
         channels_of = cuts.channels
+        if "lm_head" not in quantised:
+            num_tokens = source.get_parameter("lm_head.weight").shape[0]
+            head = HeadPart(*shard.slice_of(num_tokens), num_tokens)
     spec, joins, reason = _choose(skeleton, specs, verdict)
     layout = lay_out(specs, joins, card.num_layers, min_group_bytes)
     ordered = _in_order(host_order, layout, _products(skeleton, spec)) if host_order is not None else {}
@@ -150,6 +155,7 @@ def _draw(
         num_parameters=num_parameters,
         identity=_identity(layout, files, shard),
         targets=adapter_targets(source, spec.linears() if spec else (), channels_of),
+        head=head,
     )
 
 
@@ -190,6 +196,7 @@ def assemble(
             blueprint.layout.layer_groups,
             all_reduce,
             targets,
+            blueprint.head,
         )
     else:
         port = StepPort()

@@ -45,6 +45,7 @@ class TensorCuts:
     def __init__(self, full: StackSpec, local: StackSpec, inner: tuple[int, int], shard: Shard) -> None:
         """`inner`: channels of the MLP, undivided and of this rank."""
         self._shard = shard
+        self._head = full.lm_head
         self._outputs: dict[str, tuple[tuple[int, int], ...]] = {}
         self._inputs: dict[str, tuple[int, int]] = {}
         for whole, part in zip(full.layers, local.layers, strict=True):
@@ -67,6 +68,8 @@ class TensorCuts:
         `packed`: the tensor is a quantised weight or its scales.
         """
         module, _, leaf = spec.name.rpartition(".")
+        if module == self._head:
+            return None if packed else Cut(0, (self._shard.slice_of(spec.shape[0]),))
         if module in self._outputs:
             return Cut(0, self._ranges(self._outputs[module]))
         if module not in self._inputs:

@@ -286,7 +286,17 @@ def _twin(
     tables = rotary_tables(blueprint.skeleton.get_submodule(spec.rotary), device)
     card = blueprint.card
     return BuiltModel(
-        forward=FusedStack(spec, views, tables, blueprint.quantization, AlwaysReady(), [0] * (len(spec.layers) + 2)),
+        forward=FusedStack(
+            spec,
+            views,
+            tables,
+            blueprint.quantization,
+            AlwaysReady(),
+            [0] * (len(spec.layers) + 2),
+            None,
+            (),
+            blueprint.head,
+        ),
         planes=kv_planes(torch.zeros(slab_bytes, dtype=torch.uint8, device=device), kv, blueprint.shape, kv_dtype),
         block_tokens=kv.block_tokens,
         vocab_size=card.vocab_size,

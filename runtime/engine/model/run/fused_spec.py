@@ -57,6 +57,15 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadPart:
+    """The tokens whose logits one rank computes: `length` of them from `start` on, of `size` in the vocabulary."""
+
+    start: int
+    length: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class StackSpec:
     """A whole stack: embed · embed_scale → layers → norm → lm_head / logits_divisor → softcap.
 

@@ -18,7 +18,7 @@ from runtime.engine.kernels.norm import add_rms_norm, rms_norm
 from runtime.engine.memory.weight_readiness import WeightReadiness
 from runtime.engine.model.run.adapters import AdapterSite
 from runtime.engine.model.run.attention import attend, rope_write
-from runtime.engine.model.run.fused_spec import LayerSpec, LinearRef, StackSpec
+from runtime.engine.model.run.fused_spec import HeadPart, LayerSpec, LinearRef, StackSpec
 from runtime.engine.model.run.linear import AllReduce, Linear, gated, make_linear
 from runtime.engine.model.run.rope import RotaryTable
 from runtime.engine.model.run.step import StepContext
@@ -62,6 +62,7 @@ class FusedStack:
         layer_groups: as in WeightLayout.
         all_reduce: sums over the ranks of a tensor-parallel group; None = one rank.
         targets: the layers' linear modules, as adapters number them; empty = the stack takes no adapters.
+        head: this rank's part of the output projection; None = all of it.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class FusedStack:
         layer_groups: Sequence[int],
         all_reduce: AllReduce | None = None,
         targets: Sequence[AdapterTarget] = (),
+        head: HeadPart | None = None,
     ) -> None:
         self._spec = spec
         self._tables = dict(tables)
@@ -84,7 +86,8 @@ class FusedStack:
         self._dtype = self._norm.dtype
         # Rounded to the dtype, as in the embedding module.
         self._embed_scale = float(torch.tensor(spec.embed_scale).to(self._dtype))
-        linears = dict(views)
+        self._head = head
+        linears = {**views, **_head_rows(spec, views, head)}
         self._lm_head = make_linear(spec.lm_head, linears, quantization)
         self._first_group, self._last_group = layer_groups[0], layer_groups[-1]
 
@@ -162,7 +165,7 @@ class FusedStack:
         hidden, _ = add_rms_norm(branch, residual, self._norm, eps, plus_one)
         if step.num_hidden:
             hidden, step.hidden = hidden.tensor_split((len(hidden) - step.num_hidden,))
-        logits = self._lm_head(hidden, step.scratch)
+        logits = self._of_all_tokens(self._lm_head(hidden, step.scratch))
         if spec.logits_divisor != 1.0:
             logits.div_(spec.logits_divisor)
         if spec.logits_softcap:
@@ -173,6 +176,16 @@ class FusedStack:
         """Sum the outputs, adapters included, of a layer whose inputs are divided among ranks."""
         return out if self._all_reduce is None else self._all_reduce(out)
 
+    def _of_all_tokens(self, part: Tensor) -> Tensor:
+        """Return the logits of all tokens from those that this rank computes. They are the same bits on all ranks, so that each draws the same tokens."""
+        if self._head is None:
+            return part
+        logits = part.new_zeros(len(part), self._head.size)
+        logits.narrow(1, self._head.start, self._head.length).copy_(part)
+        if self._all_reduce is not None:
+            logits.copy_(self._all_reduce(logits))  # A sum may lie in memory that the next sum overwrites.
+        return logits
+
     def _scaled(self, branch: Tensor, norm: Tensor | None) -> Tensor:
         """Apply the norm and the scale that a branch's output needs before it is added to the residual."""
         if norm is not None:
@@ -180,6 +193,14 @@ class FusedStack:
         if self._spec.residual_scale != 1.0:
             branch = branch * self._spec.residual_scale
         return branch
+
+
+def _head_rows(spec: StackSpec, views: Mapping[str, Tensor], head: HeadPart | None) -> dict[str, Tensor]:
+    """Return this rank's rows of an output projection that is stored whole, because it is tied to the embeddings."""
+    if head is None or len(views[f"{spec.lm_head}.weight"]) == head.length:
+        return {}
+    names = [name for name in (f"{spec.lm_head}.weight", f"{spec.lm_head}.bias") if name in views]
+    return {name: views[name].narrow(0, head.start, head.length) for name in names}
 
 
 def _product(
