@@ -44,7 +44,7 @@ class Registrar:
 
     async def register(self, name: str, info: ModelInfo, *, load: bool) -> Registration:
         """Register a name, and begin to load it if asked to. Raises InvalidRequest, AlreadyExists."""
-        await self._check_base(info)
+        await self.check_base(info)
         fit = await self._check_loadable(info)
         model_id = await self._registry.register_name(name, info, now_ms=epoch_ms(), is_loaded=self.is_loaded)
         if load:
@@ -59,10 +59,7 @@ class Registrar:
             await self._placement.unload(model_id)
         return model_id
 
-    def is_loaded(self, model_id: str) -> bool:
-        return self._states.status(model_id).status is ModelStatus.LOADED
-
-    async def _check_base(self, info: ModelInfo) -> None:
+    async def check_base(self, info: ModelInfo) -> None:
         """Raise InvalidRequest for an adapter whose base is not registered, or is an adapter itself."""
         name = base_of(info)
         if name:
@@ -73,6 +70,9 @@ class Registrar:
             raise InvalidRequest(f"adapter_of: {name!r} is not registered; register the base first") from None
         if base is not None and base_of(base[1]):
             raise InvalidRequest(f"adapter_of: {name!r} is an adapter itself; its base is {base_of(base[1])!r}")
+
+    def is_loaded(self, model_id: str) -> bool:
+        return self._states.status(model_id).status is ModelStatus.LOADED
 
     async def _check_loadable(self, info: ModelInfo) -> FitAnswer | None:
         """Return what the model needs, None if the runtime cannot say so within a few seconds. Raises InvalidRequest for settings that it refuses.

@@ -8,6 +8,8 @@ from runtime.puller.checkpoint_check import CheckpointKind, CheckpointSummary
 from runtime.puller.pack.request import PACKER_VERSION
 from runtime.puller.sizing import DTYPE_BYTES, tensor_bytes, with_codes_as_bytes
 
+# Their layers are transformers' Conv1D, whose weights are transposed and which the packer leaves as they are.
+_WITHOUT_LINEAR_LAYERS = frozenset({"GPT2LMHeadModel", "GPT2DoubleHeadsModel", "GPT2Model", "OpenAIGPTLMHeadModel"})
 _GGUF_GROWTH = 4  # dequantised bytes for one byte of file, at most about
 
 
@@ -20,6 +22,15 @@ def chosen_quantization(stored: Quantization, settings: ModelSettings, name: str
             f"quantize is {settings.quantize.value}, and {name} is stored in {stored.value} already", param="quantize"
         )
     return stored
+
+
+def check_quantizable(architecture: str, quantization: Quantization) -> None:
+    """Raise InvalidRequest for a format that no layer of the architecture can have."""
+    if quantization is not Quantization.NONE and architecture in _WITHOUT_LINEAR_LAYERS:
+        raise InvalidRequest(
+            f"{architecture} has no linear layer that {quantization.value} could quantise; register it without quantize",
+            param="quantize",
+        )
 
 
 def pack_key(identity: str, settings: ModelSettings, device: str) -> str:

@@ -28,7 +28,7 @@ from runtime.puller.index_cache import IndexCache
 from runtime.puller.inspection import ModelMetadata
 from runtime.puller.metadata import look_remote
 from runtime.puller.pack.request import PackRequest
-from runtime.puller.pack_identity import chosen_quantization, pack_key
+from runtime.puller.pack_identity import check_quantizable, chosen_quantization, pack_key
 from runtime.puller.packed_models import PackedModels, Packer
 from runtime.puller.packer import run_packer
 from runtime.puller.progress import PullJob
@@ -259,6 +259,7 @@ class CheckpointPreparer:
         except KeyError as error:
             reason = "" if local_only else self._refusal(config, gguf_file, settings.max_model_len, job)
             raise LoadFailed(f"{source.uri}: {reason or f'config.json has no {error.args[0]}'}") from error
+        check_quantizable(geometry.architecture, quantization)
         quantised = msgspec.structs.replace(settings, quantize=quantization)
         by_size = {size: needs_of(geometry, tensors, quantised, device, size) for size in {1, *group_sizes}}
         return ModelMetadata(

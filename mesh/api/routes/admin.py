@@ -112,6 +112,7 @@ class AdminRoutes:
             model_id = concrete_id("fit", info)
         if self._monitor.snapshot.foreign:
             raise NotSupported(f"{info.path}: this runtime cannot say whether a model fits")
+        await self._registrar.check_base(info)
         answer = await self._runtime.fit(model_id, info, sizes_only=asked.sizes_only)
         unloaded: tuple[str, ...] = ()
         if answer.fits:

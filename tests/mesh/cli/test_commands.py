@@ -166,6 +166,8 @@ async def test_fit_takes_a_name_before_a_file_of_that_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m.gguf").touch()
+    status, _, error = await say("fit", "m.gguf", "--adapter-of", "nobody")
+    assert (status, "'nobody' is not registered" in error, len(pod.runtime.fits)) == (1, True, 0)
     assert (await say("fit", "m.gguf"))[0] == 0
     assert pod.runtime.fits[-1].model_path == str(tmp_path / "m.gguf")
     await pod.name("m.gguf", "/elsewhere")

@@ -21,7 +21,8 @@ from runtime.puller.pack.request import PackRequest
 from runtime.puller.preparer import CheckpointPreparer
 from runtime.puller.progress import PullJob
 from runtime.types import ModelSource
-from tests.support.llama_checkpoints import tiny_llama
+from tests.support.families import family
+from tests.support.llama_checkpoints import save_tokenizer, tiny_llama
 from tests.support.sources import OPEN
 
 
@@ -315,6 +316,22 @@ async def test_pack_fp8_scales_rows_to_the_largest_code(preparation: CheckpointP
     scale = tensors["model.layers.1.mlp.down_proj.scale"]
     torch.testing.assert_close(scale, weight.abs().amax(1) / 448)
     assert bool(((codes * scale[:, None] - weight).abs() <= 2**-4 * weight.abs() + 2**-9 * scale[:, None]).all())
+
+
+async def test_look_refuses_a_format_that_the_packer_has_no_layer_for(
+    preparation: CheckpointPreparer, tmp_path: Path
+) -> None:
+    """GPT-2's layers are no linear ones, so its load fails; what predicts its size and registers it must say the same."""
+    family("gpt2").save_pretrained(tmp_path / "m")
+    save_tokenizer(tmp_path / "m")
+    source = ModelSource(str(tmp_path / "m"))
+    plain = await preparation.look(source, ModelSettings(), "cpu")
+    assert plain.quantization is Quantization.NONE
+    for quantize in (Quantization.INT8, Quantization.NF4, Quantization.FP8):
+        with pytest.raises(InvalidRequest, match="GPT2LMHeadModel has no linear layer"):
+            await preparation.look(source, ModelSettings(quantize=quantize), "cpu")
+        with pytest.raises(LoadFailed, match="GPT2LMHeadModel has no linear layer"):
+            await prepare(preparation, tmp_path / "m", quantize=quantize)
 
 
 async def test_preparer_cleans_up_after_a_failed_pack(preparation: CheckpointPreparer, tmp_path: Path) -> None:
