@@ -20,6 +20,7 @@ CLUSTER_TYPE = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
 _TYPE = "type.googleapis.com/envoy.extensions."
 _UNLIMITED = UInt32Value(value=1_000_000_000)
 _CONNECT_S = 2
+_PING_S = 5
 _NAMESPACE = "repertory"
 _SOCKET_MATCH = "envoy.transport_socket_match"
 # The headers that an endpoint gets, by the keys of its values.
@@ -75,7 +76,7 @@ def encoded(cluster: Cluster, peer_tls: PeerTls | None) -> bytes:
         ),
     )
     message.typed_extension_protocol_options["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"].CopyFrom(
-        _protocol_options(cluster.carrier, meets_peers=_meets_peers(cluster))
+        _protocol_options(cluster.carrier, meets_peers=_meets_peers(cluster), pings=cluster.pings)
     )
     if peer_tls is not None and any(endpoint.secure for tier in cluster.tiers for endpoint in tier):
         message.transport_socket_matches.append(_secure_socket(peer_tls, cluster.carrier))
@@ -122,14 +123,16 @@ def _endpoint(endpoint: Endpoint, by: str) -> pb.LbEndpoint:
 
 
 @cache
-def _protocol_options(carrier: Carrier, *, meets_peers: bool) -> Any:
+def _protocol_options(carrier: Carrier, *, meets_peers: bool, pings: bool) -> Any:
     """Return the protocol of the endpoints, and the filter that writes their headers once an endpoint is chosen.
 
     Each header costs every call some tenths of a microsecond, so that clusters without peers have the fewest.
     """
     is_grpc = carrier is Carrier.GRPC
     config = (
-        pb.ExplicitHttpConfig(http2_protocol_options=pb.Http2ProtocolOptions(connection_keepalive=_keep_alive()))
+        pb.ExplicitHttpConfig(
+            http2_protocol_options=pb.Http2ProtocolOptions(connection_keepalive=_keep_alive() if pings else None)
+        )
         if is_grpc
         else pb.ExplicitHttpConfig(http_protocol_options=pb.Http1ProtocolOptions())
     )
@@ -167,7 +170,8 @@ def _overwriting(header: str, key: str) -> pb.HeaderValueOption:
 
 
 def _keep_alive() -> pb.KeepaliveSettings:
-    return pb.KeepaliveSettings(interval=Duration(seconds=20), timeout=Duration(seconds=10))
+    """Return the settings of the pings by which frozen processes are found: a stopped process keeps its connections open."""
+    return pb.KeepaliveSettings(interval=Duration(seconds=_PING_S), timeout=Duration(seconds=_PING_S))
 
 
 def _secure_socket(tls: PeerTls, carrier: Carrier) -> pb.TransportSocketMatch:

@@ -62,12 +62,16 @@ class CarriedName:
 
 @dataclass(frozen=True, slots=True)
 class Here:
-    """This pod: the addresses of its runtime and its mesh by carrier, and what its calls of other pods carry."""
+    """This pod: the addresses of its runtime and its mesh by carrier, and what its calls of other pods carry.
+
+    `pings_runtime`: the runtime accepts the pings by which a frozen process is found. Others end the connections of silent calls over them.
+    """
 
     runtime: dict[Carrier, str]
     mesh: dict[Carrier, str]
     hop: str = ""
     peer_key: str = ""
+    pings_runtime: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,7 @@ class Cluster:
     tiers: tuple[tuple[Endpoint, ...], ...]
     from_peers: bool = False
     generation: int = 0
+    pings: bool = True
     stat_name: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -158,7 +163,12 @@ def _cluster(carried: CarriedName, here: Here) -> Cluster | None:
     if len(tiers) > 1 and _is_slow(carried):
         tiers.reverse()
     base = withdrawn(carried, here)
-    return replace(base, role=tiers[0][0], tiers=(*(endpoints for _, endpoints in tiers), *base.tiers))
+    return replace(
+        base,
+        role=tiers[0][0],
+        tiers=(*(endpoints for _, endpoints in tiers), *base.tiers),
+        pings=carried.local_wait_s is None or here.pings_runtime,
+    )
 
 
 def _is_slow(carried: CarriedName) -> bool:

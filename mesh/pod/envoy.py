@@ -42,6 +42,7 @@ class PodEnvoy:
             is_cut_off=lambda: parts.contact.is_cut_off,
             carriers=_carriers(config),
         )
+        self._monitor = parts.monitor
         self._admin = EnvoyAdmin(self._files.admin)
         self._data_plane = DataPlane(
             names,
@@ -97,6 +98,7 @@ class PodEnvoy:
             mesh={carrier: self._files.mesh(carrier) for carrier in Carrier},
             hop=hop,
             peer_key="" if self._has_peers_tls else peer_key,
+            pings_runtime=not self._monitor.snapshot.foreign,
         )
 
     def _peer_tls(self) -> PeerTls | None:

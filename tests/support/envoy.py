@@ -55,7 +55,7 @@ async def running_envoy_pod(
         chosen: dict[str, Any] = {**addresses, "envoy": "external", "envoy_dir": str(shared), **settings}
         async with running_pod(directory, switches=switches, **chosen) as pod:
             pod.envoy_dir = shared
-            with envoy_process(EnvoyFiles(shared).bootstrap):
+            with envoy_process(EnvoyFiles(shared).bootstrap) as pod.envoy:
                 await until(lambda: pod.pod.is_envoy_connected and all(map(is_listening, addresses.values())))
                 yield pod
 

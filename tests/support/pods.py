@@ -1,6 +1,7 @@
 """A pod of the mesh in this process, over a fake runtime, with clients for its two ports."""
 
 import ssl
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class RunningPod:
     http: aiohttp.ClientSession
     store: str
     envoy_dir: Path | None = None
+    envoy: "subprocess.Popen[bytes] | None" = None
 
     @property
     def management(self) -> ModelMeshStub:

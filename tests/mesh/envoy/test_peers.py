@@ -12,6 +12,7 @@ from mesh.access.peer_keys import HOP_HEADER, PEER_KEY_HEADER
 from mesh.envoy.routes import PEER_HEADER
 from tests.support.envoy import num_through_mesh, running_envoy_pod, until_carried
 from tests.support.etcd import EtcdServer
+from tests.support.mesh_process import freeze
 from tests.support.pods import RunningPod
 from tests.support.tls import Authority, peer_settings
 from tests.support.waiting import until, until_async
@@ -67,6 +68,15 @@ async def test_envoy_lets_only_peers_reach_the_clusters_of_peers(pods: Pods) -> 
     assert await num_through_mesh(b, "m") == before + 1, (
         "the guessed key is the mesh's to judge, the other call is a caller's"
     )
+
+
+async def test_call_is_taken_from_a_pod_that_freezes(pods: Pods) -> None:
+    """The connection of a stopped process stays open. Only pings that it does not answer show that it is one."""
+    a, b = pods
+    assert b.envoy is not None
+    freeze(b.envoy)
+    assert await a.echo("m", timeout=30) == b"hi"
+    assert a.runtime.calls["m"] == 1
 
 
 async def test_local_copy_comes_before_another_pods(pods: Pods) -> None:

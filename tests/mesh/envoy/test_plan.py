@@ -138,3 +138,11 @@ def test_clusters_of_two_loads_count_apart() -> None:
         for generation in (1, 2)
     )
     assert first.stat_name != second.stat_name, "what the first had counted would hide as many calls of the second"
+
+
+@given(CARRIED)
+def test_plan_pings_no_runtime_that_may_not_accept_it(carried: CarriedName) -> None:
+    here = replace(HERE, pings_runtime=False)
+    for cluster in plan_clusters([carried], here).values():
+        addresses = {endpoint.address for tier in cluster.tiers for endpoint in tier}
+        assert cluster.pings == (HERE.runtime[carried.carrier] not in addresses)
