@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.changes import Changes
 from common.model_state import CopyState
@@ -127,6 +127,9 @@ class DataPlane:
                 names = {}
             if self._write(names):
                 self._listed, self._listed_clusters = names, listed_clusters(names)
+                # Envoy reads the file a moment later, and needs the clusters of the names that it had until then.
+                until_s = time.monotonic() + _LINGER_S
+                self._gone = {name: replace(gone, until_s=until_s) for name, gone in self._gone.items()}
 
     def _publish(self) -> int:
         assert self._control is not None
