@@ -5,7 +5,7 @@ All calls come from one event loop. Nothing changes between two awaits, so choos
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from common.changes import Changes
@@ -110,12 +110,13 @@ class LocalCopies:
 
     def usage(self) -> Usage:
         settings = {model_id: self.settings_of(model_id) for model_id in self._copies}
+        adapters = self._adapters()
         models = tuple(
             ModelUsage(
                 copy.model_id,
                 copy.size_bytes,
                 copy.last_used_ms,
-                self._num_users(copy.model_id),
+                self._num_users(copy.model_id, adapters),
                 is_unloading=copy.state is CopyState.UNLOADING,
                 is_loading=copy.is_pending,
                 use=self.uses.of(copy.model_id),
@@ -138,7 +139,8 @@ class LocalCopies:
         )
         is_loading = any(copy.is_pending for copy in self._copies.values())
         newest = None if is_loading else max(loaded, key=lambda copy: copy.started_ms, default=None)
-        return [copy for copy in loaded if not self._num_users(copy.model_id) and copy is not newest]
+        adapters = self._adapters()
+        return [copy for copy in loaded if not self._num_users(copy.model_id, adapters) and copy is not newest]
 
     def touch(self, model_id: str, at_ms: int) -> None:
         """Record a use of the model. An earlier time than the last use changes nothing."""
@@ -192,10 +194,20 @@ class LocalCopies:
     def requests_per_min(self) -> int:
         return self._requests.per_minute(time.monotonic())
 
-    def _num_users(self, model_id: str) -> int:
+    def _adapters(self) -> dict[str, list[LocalCopy]]:
+        """Return the copies of LoRA adapters by the models that they are of."""
+        found: dict[str, list[LocalCopy]] = {}
+        for copy in self._copies.values():
+            if copy.base_id:
+                found.setdefault(copy.base_id, []).append(copy)
+        return found
+
+    def _num_users(self, model_id: str, adapters: Mapping[str, Sequence[LocalCopy]]) -> int:
         """Return the requests that need the model, those for its adapters and the adapters that are loading included."""
-        adapters = sum(copy.is_pending + self._num_users(copy.model_id) for copy in self.adapters_of(model_id))
-        return self.in_flight(model_id) + self._waiting[model_id] + adapters
+        of_adapters = sum(
+            copy.is_pending + self._num_users(copy.model_id, adapters) for copy in adapters.get(model_id, ())
+        )
+        return self.in_flight(model_id) + self._waiting[model_id] + of_adapters
 
     def _decrease(self, counts: Counter[str], model_id: str) -> None:
         counts[model_id] -= 1
