@@ -15,7 +15,7 @@ STREAMS = 128
 RATE = 50
 SECONDS = 8
 ASKED_CPU = 1.15
-_LATE = 1.02  # a stream that takes longer than its schedule by this factor was not kept up with
+ASKED_RATE = 0.98  # of bare Envoy's, which keeps up unless the machine does not
 
 
 def run(turns: int, settle_s: float) -> None:
@@ -48,7 +48,8 @@ def run(turns: int, settle_s: float) -> None:
         row = [f"{STREAMS} × {RATE}/s", name, f"{rate:,.0f}", f"{rate / (STREAMS * RATE):.1%}", str(failed[name])]
         row.append(f"{statistics.median(shares[name]):.1%}")
         if name == OURS:
-            is_met = ratio <= ASKED_CPU and not failed[name] and rate * _LATE >= STREAMS * RATE
+            keeps_up = rate >= ASKED_RATE * statistics.median(rates[BARE])
+            is_met = ratio <= ASKED_CPU and not failed[name] and keeps_up
             row += [f"{ratio:.2f}", "yes" if is_met else "no"]
         else:
             row += ["", ""]
