@@ -21,7 +21,7 @@ LRU_EMPTY_MS = 2**63 - 1
 CAPACITY_UNIT_BYTES = 8192
 
 
-class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+class Record(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
     """`unknown`: the properties of the JSON object that have no field here, each with its JSON text."""
 
     unknown: tuple[tuple[str, bytes], ...] = ()
@@ -138,6 +138,7 @@ class InstanceRecord(Record, frozen=True, omit_defaults=True, kw_only=True):
 R = TypeVar("R", bound=Record)
 
 OWN_FIELD = "unknown"
+_OWN_PROPERTY = b'"unknown"'
 _FAILURES = "fails"
 
 
@@ -173,6 +174,26 @@ def _properties(value: Record | Failure) -> dict[str, msgspec.Raw]:
 
 def decode_record(kind: type[R], data: bytes) -> R:
     """Decode a record. A null property counts as absent. Raises msgspec.MsgspecError for other JSON than an object, or a property of another type."""
+    record = _decode_plain(kind, data) or _decode_any(kind, data)
+    if isinstance(record, ModelRecord):
+        _share(record)
+    if isinstance(record, VModelRecord) and not record.is_moving:
+        msgspec.structs.force_setattr(record, "target_id", record.active_id)
+    return record
+
+
+def _decode_plain(kind: type[R], data: bytes) -> R | None:
+    """Decode a record whose properties all have a field here, in a third of the time of others. None if it may have more."""
+    if _OWN_PROPERTY in data:
+        return None
+    try:
+        record = msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError:
+        return None
+    return None if isinstance(record, ModelRecord) and record.failures else record
+
+
+def _decode_any(kind: type[R], data: bytes) -> R:
     properties = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
     names = {*kind.__struct_encode_fields__} - {OWN_FIELD}
     known = {name: raw for name, raw in properties.items() if name in names and bytes(raw).strip() != b"null"}
@@ -180,10 +201,6 @@ def decode_record(kind: type[R], data: bytes) -> R:
     record = msgspec.json.decode(msgspec.json.encode(known) if len(known) < len(properties) else data, type=kind)
     if isinstance(record, ModelRecord) and record.failures:
         record = msgspec.structs.replace(record, failures=_failures(known[_FAILURES]))
-    if isinstance(record, ModelRecord):
-        _share(record)
-    if isinstance(record, VModelRecord) and not record.is_moving:
-        msgspec.structs.force_setattr(record, "target_id", record.active_id)
     return msgspec.structs.replace(record, unknown=unknown) if unknown else record
 
 
