@@ -31,5 +31,8 @@ class StartedWrite:
         yield from self._write.__await__()
 
     def close(self) -> None:
-        """Abandon the write unless it has ended."""
+        """Abandon the write unless it has ended. An error of the transport is dropped."""
+        waits_for = self._waits_for
+        if not self._has_ended and waits_for is not None and not waits_for.cancel() and not waits_for.cancelled():
+            waits_for.exception()  # asyncio logs an exception that is never retrieved
         self._write.close()

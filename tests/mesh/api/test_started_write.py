@@ -1,6 +1,7 @@
 """Writes that go on while their task does something else."""
 
 import asyncio
+import gc
 
 import pytest
 
@@ -89,6 +90,29 @@ async def test_started_write_is_abandoned_with_its_task(is_awaited: bool) -> Non
     with pytest.raises(asyncio.CancelledError):
         await task
     assert steps == ["begun", "abandoned"]
+
+
+@pytest.mark.parametrize("fails_first", [True, False])
+async def test_started_write_that_is_abandoned_leaves_no_error_behind(fails_first: bool) -> None:
+    loop = asyncio.get_running_loop()
+    reported: list[dict[str, object]] = []
+    loop.set_exception_handler(lambda _, context: reported.append(context))
+
+    async def write(wait: "asyncio.Future[None]") -> None:
+        await wait
+
+    def abandon() -> None:
+        transport: asyncio.Future[None] = loop.create_future()
+        writing = StartedWrite(write(transport))
+        if fails_first:
+            transport.set_exception(ConnectionError("gone"))
+        writing.close()
+        if not transport.done():  # gRPC reports to every future that is not cancelled
+            transport.set_exception(ConnectionError("gone"))
+
+    abandon()
+    gc.collect()
+    assert not reported
 
 
 async def _finish(writing: StartedWrite) -> None:
