@@ -37,6 +37,7 @@ from mesh.routing.router import CopyRouter
 from mesh.types import RuntimeLimits
 
 _OK = grpc.StatusCode.OK
+_FIRST_MESSAGE_S = 0.25  # how long a refusal waits for the message of a pod that forwards the call
 
 
 class InferenceGateway:
@@ -112,6 +113,8 @@ class InferenceGateway:
             return outcome.message
         except MeshError as error:
             request.code = error.code
+            if current_caller().is_peer:
+                await inbound.take_first(_FIRST_MESSAGE_S)
             return await context.abort(grpc.StatusCode[error.code], error.message, _trailers(error))
         except asyncio.CancelledError:
             request.code = "CANCELLED"

@@ -1,11 +1,13 @@
 """Keeps a gRPC client's messages until the response has begun, so that they can be sent again to another target."""
 
 import asyncio
+import contextlib
 from typing import Any
 
 import grpc.aio
 
 from mesh.api.request_memory import HeldMemory
+from mesh.errors import MeshError
 
 ServerContext = grpc.aio.ServicerContext[Any, Any]
 
@@ -65,6 +67,12 @@ class ReplayBuffer:
             del self._kept[:num_dropped]
             self._dropped = index + 1
         return message
+
+    async def take_first(self, timeout_s: float) -> None:
+        """Wait for the first message, or until there will be none. A client of grpc.aio loses the status of a call that ends before that."""
+        with contextlib.suppress(TimeoutError, MeshError, grpc.aio.BaseError, asyncio.InvalidStateError):
+            async with asyncio.timeout(timeout_s):
+                await self.message(self._dropped)
 
     def commit(self) -> None:
         """Stop keeping messages: the response has begun."""
