@@ -227,7 +227,9 @@ async def _serve(config: RuntimeConfig) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    engines = plan_groups(config.engine, config.gpu_groups, visible_gpus(config.engine.device))
+    # A device with a number is one group, whatever else there is.
+    is_counted = bool(config.gpu_groups) or ":" not in config.engine.device
+    engines = plan_groups(config.engine, config.gpu_groups, visible_gpus(config.engine.device) if is_counted else 0)
     arenas = []
     if wants_arena(config.engine.device) and not config.engine.host_arena_path:
         arenas = [SharedMemoryFile() for _ in engines]

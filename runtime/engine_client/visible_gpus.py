@@ -11,10 +11,14 @@ from pathlib import Path
 _TIMEOUT_S = 60.0
 
 
-def visible_gpus(device: str) -> int:
-    """Return the number of GPUs as CUDA numbers them (CUDA_VISIBLE_DEVICES, containers); 0 for a CPU."""
-    if device == "cpu" or not any(Path("/dev").glob("nvidia[0-9]*")):
-        return 0
+def visible_gpus(device: str, device_files: Path = Path("/dev")) -> int:
+    """Return the number of GPUs as CUDA numbers them (CUDA_VISIBLE_DEVICES, containers); 0 for a CPU.
+
+    The driver takes up to a second to answer, so it is not asked about a single GPU.
+    """
+    num_files = 0 if device == "cpu" else len(list(device_files.glob("nvidia[0-9]*")))
+    if num_files < 2:
+        return num_files
     command = [sys.executable, "-m", "runtime.engine_client.visible_gpus"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     return int(found.stdout) if found.stdout.strip().isdigit() else 0

@@ -1,5 +1,7 @@
 """Which devices each engine of a runtime owns, and its part of the host's memory."""
 
+from pathlib import Path
+
 import pytest
 
 from common.errors import ConfigError
@@ -16,7 +18,7 @@ from runtime.engine_client.visible_gpus import count_gpus, visible_gpus
         ("auto", 1, (), 3, [("cuda:0", 1), ("cuda:1", 1), ("cuda:2", 1)]),
         ("cuda", 2, (), 5, [("cuda:0", 2), ("cuda:2", 2)]),
         ("cuda", 4, (), 2, [("cuda", 4)]),  # The engine says that there are too few GPUs.
-        ("cuda:1", 1, (), 4, [("cuda:1", 1)]),
+        ("cuda:1", 1, (), 0, [("cuda:1", 1)]),  # GPUs are not counted then.
         ("cuda:1", 2, (), 4, [("cuda:1", 2)]),
         ("auto", 1, (2, 1, 1), 4, [("cuda:0", 2), ("cuda:2", 1), ("cuda:3", 1)]),
         ("cuda:1", 1, (1, 2), 4, [("cuda:1", 1), ("cuda:2", 2)]),
@@ -60,6 +62,10 @@ def test_device_names_are_those_of_the_driver_and_distinct_on_a_cpu() -> None:
     assert device_names("cuda:0", 1, 0, is_only=True) == ("cuda:0",)
 
 
-def test_gpus_are_counted_without_a_driver() -> None:
+def test_gpus_are_counted_without_a_driver(tmp_path: Path) -> None:
     assert count_gpus("no-such-library.so") == 0
-    assert visible_gpus("cpu") == 0
+    assert visible_gpus("auto", tmp_path) == 0
+    for name in ("nvidia0", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert visible_gpus("auto", tmp_path) == 1
+    assert visible_gpus("cpu", tmp_path) == 0
