@@ -7,6 +7,7 @@ from runtime.api.openai.chunks import CHAT_DELTAS, EventChunks, Head, StreamUsag
 from runtime.api.openai.context import adapted_model_of, json_response, new_id, now, read_body, run_large
 from runtime.api.openai.responses import Answer, ChatChoice, chat_choice, usage
 from runtime.api.openai.stream import send_events
+from runtime.api.openai.structured import unknown_in_format
 from runtime.api.openai.types import ChatBody
 from runtime.generation.generator import Generator
 from runtime.interfaces import ModelDirectory, ServedModel
@@ -25,7 +26,7 @@ class ChatCompletions:
         model = adapted_model_of(request, self._directory, body)
         chat = await prepare_chat(model, body)
         requests, make_parser = chat.requests, chat.make_parser
-        warning = parsed.warning_with(chat.notes)
+        warning = parsed.with_unknown(unknown_in_format(body.response_format)).warning_with(chat.notes)
         shown_name = body.model or model.name
         if body.stream:
             head = Head(new_id("chatcmpl"), "chat.completion.chunk", now(), shown_name)

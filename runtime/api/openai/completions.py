@@ -13,7 +13,7 @@ from runtime.api.openai.context import adapted_model_of, json_response, new_id, 
 from runtime.api.openai.params import truncated
 from runtime.api.openai.responses import Answer, CompletionChoice, usage
 from runtime.api.openai.stream import send_events
-from runtime.api.openai.structured import wanted_of
+from runtime.api.openai.structured import unknown_in_format, wanted_of
 from runtime.api.openai.types import CompletionBody
 from runtime.api.tokenization import encode_last, encode_texts
 from runtime.generation.generator import Generator
@@ -38,7 +38,7 @@ class Completions:
         prompts = await _prompts(model, body)
         guide = await guide_answer(model, wanted_of(body))
         requests = guide.apply(plan_completions(model, body, prompts))
-        warning = parsed.warning_with(guide.notes)
+        warning = parsed.with_unknown(unknown_in_format(body.response_format)).warning_with(guide.notes)
         shown_name = body.model or model.name
         if body.stream:
             head = Head(new_id("cmpl"), "text_completion", now(), shown_name)

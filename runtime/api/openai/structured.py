@@ -11,6 +11,8 @@ from runtime.text.constraint import JSON_OBJECT, Choice, Constraint, GrammarText
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 _OPTIONS = ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
+_FORMAT_FIELDS = frozenset({"type", "json_schema", "schema", "value"})
+_JSON_SCHEMA_FIELDS = frozenset({"name", "description", "schema", "strict"})
 _ALIASES = {
     "guided_json": "json",
     "guided_regex": "regex",
@@ -48,6 +50,8 @@ def _response_format(given: Any) -> Iterator[Wanted]:
             yield Wanted(constraint, param, path)
         case {"type": "json_object" | "json" | "json_schema", "value": schema}:  # TGI's form
             yield Wanted(JsonSchema(schema_of(schema, "response_format.value")), param, "response_format.value")
+        case {"type": "json_object" | "json_schema", "schema": dict(schema)}:  # llama.cpp's form
+            yield Wanted(JsonSchema(schema_of(schema, "response_format.schema")), param, "response_format.schema")
         case {"type": "regex", "value": str(pattern)}:
             yield Wanted(Regex(pattern), param)
         case {"type": "json_object"}:
@@ -61,6 +65,17 @@ def _response_format(given: Any) -> Iterator[Wanted]:
             raise InvalidRequest(
                 f"response_format must have the type text, json_object or json_schema, got {kind!r}", param=param
             )
+
+
+def unknown_in_format(given: Any) -> Iterator[str]:
+    """Yield the paths of fields inside a `response_format` that say nothing about the answer here and are not null."""
+    if not isinstance(given, dict):
+        return
+    yield from (f"response_format.{name}" for name in given if name not in _FORMAT_FIELDS and given[name] is not None)
+    inner = given.get("json_schema")
+    if isinstance(inner, dict):
+        names = (name for name in inner if name not in _JSON_SCHEMA_FIELDS and inner[name] is not None)
+        yield from (f"response_format.json_schema.{name}" for name in names)
 
 
 def _structured_outputs(given: Any) -> Iterator[Wanted]:

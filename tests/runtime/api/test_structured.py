@@ -318,3 +318,35 @@ def test_wanted_of_takes_any_value_or_names_the_field(name: str, value: Any) -> 
     except RepertoryError as error:
         found = error
     assert found is None or (found.param or "").startswith(name)
+
+
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+async def test_schema_beside_the_type_is_enforced(server: Server, reader: GrammarReader, kind: str) -> None:
+    """llama.cpp's form; the schema was dropped, and any object accepted."""
+    status, _, _ = await post(
+        server, "/v1/chat/completions", {**CHAT, "response_format": {"type": kind, "schema": SCHEMA}}
+    )
+    assert status == 200
+    grammar = server.engine.asked[-1].request.grammar
+    assert grammar is not None
+    assert reader.accepts(grammar, '{"a":1}')
+    assert not reader.accepts(grammar, '{"b":1}')
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", {"model": "m1", "prompt": "hello"})]
+)
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"type": "text", "x": 1}, "response_format.x"),
+        ({"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "y": 1}}, "response_format.json_schema.y"),
+        ({"type": "json_object", "schema": None, "z": None}, ""),
+    ],
+)  # fmt: skip
+async def test_unknown_fields_of_a_format_are_named(
+    server: Server, path: str, body: dict[str, Any], given: dict[str, Any], named: str
+) -> None:
+    status, _, warning = await post(server, path, {**body, "response_format": given})
+    assert status == 200
+    assert (named in warning) if named else not warning
