@@ -34,6 +34,8 @@ def prompt_as_chat(body: GenerateRequest) -> ChatBody:
     for name in _REFUSED:
         if getattr(body, name):
             raise NotSupported(f"{name} is not supported", param=name)
+    if body.raw and body.system:
+        raise InvalidRequest("raw mode does not support system: put its text into the prompt", param="system")
     turns = [ChatTurn("system", body.system)] if body.system else []
     return _chat(body, [*turns, ChatTurn("user", body.prompt or "")], None)
 

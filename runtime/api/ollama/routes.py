@@ -89,8 +89,10 @@ class Ollama:
             prepared = await _prepare_raw(model, chat, body.prompt)
         else:
             prepared = await prepare_chat(model, chat, cut_to_context=True, format_param="format")
-        warning = parsed.warning_with((*prepared.notes, *notes_of(body, model.facts.max_model_len)))
-        return await self._answer(request, model, body, prepared, generate_line, warning)
+        notes = (*prepared.notes, *notes_of(body, model.facts.max_model_len))
+        if body.system and not model.text.has_chat_template:
+            notes = (*notes, "system has no effect: the model has no chat template")
+        return await self._answer(request, model, body, prepared, generate_line, parsed.warning_with(notes))
 
     async def _answer(
         self,

@@ -231,6 +231,12 @@ async def test_generate_refuses_what_it_lacks(client: ollama.AsyncClient, field:
     assert caught.value.status_code == 501
 
 
+async def test_generate_refuses_system_beside_raw(client: ollama.AsyncClient) -> None:
+    with pytest.raises(ollama.ResponseError, match="raw mode does not support system") as caught:
+        await client.generate(model="m1", prompt="a", raw=True, system="b")
+    assert caught.value.status_code == 400
+
+
 async def test_unknown_options_are_noted(server: Server) -> None:
     body = {"model": "m1", "messages": HELLO, "stream": False, "options": {"num_ctx": 5}}
     async with aiohttp.ClientSession() as http:
