@@ -109,7 +109,7 @@ define make-venv
 @test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 @$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"$(PYTHON) is Python {v[0]}.{v[1]}; 3.11 to 3.13 is needed")'
 @echo "making $(1); what it needs is fetched now, which takes a few minutes the first time"
-@$(PYTHON) -m venv --clear $(1) || { echo "$(PYTHON) can't make environments; on Debian and Ubuntu its package is python3-venv" >&2; exit 1; }
+@$(PYTHON) -m venv --clear $(1) || { echo "$(PYTHON) cannot make environments; on Debian and Ubuntu its package is python3-venv" >&2; exit 1; }
 endef
 
 $(VENV)/.torch:

@@ -75,7 +75,7 @@ class Fleet:
         self.runtimes[number].kill()
 
     def kill_mesh(self, number: int) -> None:
-        """Kill the mesh of a pod with Envoy, which goes on."""
+        """Kill the mesh of a pod, whose Envoy keeps running."""
         self.pods[number].kill_child("mesh.pod")
 
     def kill_envoy(self, number: int) -> None:

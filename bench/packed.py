@@ -32,9 +32,7 @@ def checkpoint_of(folder: Path, format_: str, cache: Path) -> Checkpoint:
         out.mkdir(parents=True, exist_ok=True)
         tokenizer = folder / "tokenizer.json"
         if not tokenizer.exists():
-            tokenizer.write_text(
-                "{}"
-            )  # random weights speak no language, and the packer would look for something to convert
+            tokenizer.write_text("{}")  # random weights need no tokenizer, and the packer would look for one to convert
         request = PackRequest("safetensors", str(folder), files, str(out), "benchmark", quantization, dtype="bfloat16")
         started = time.perf_counter()
         done = subprocess.run(

@@ -100,7 +100,7 @@ class Figures:
     waits_s: list[float] = field(default_factory=list)
 
     def tail(self, slo_s: float) -> list[tuple[float, float]]:
-        """Return the share of requests, in percent, that waited longer than each number of seconds. Refused requests count as waiting for ever."""
+        """Return the share of requests, in percent, that waited longer than each number of seconds. A refused request counts as one that waits forever."""
         total = max(1, self.requests)
         points = [slo_s * step / 20 for step in range(41)]
         return [

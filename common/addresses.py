@@ -50,7 +50,7 @@ def check_free(address: Address, what: str = "") -> None:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(bound)
         except OSError as error:
-            raise OSError(f"{prefix}{address} can't be listened on: {error.strerror or error}") from None
+            raise OSError(f"{prefix}{address} cannot be listened on: {error.strerror or error}") from None
 
 
 def _check_socket_free(address: Address, prefix: str) -> None:
@@ -59,11 +59,11 @@ def _check_socket_free(address: Address, prefix: str) -> None:
     if not path.exists():
         return
     if not stat.S_ISSOCK(path.stat().st_mode):
-        raise OSError(f"{prefix}{address} can't be listened on: a file that is not a socket exists there")
+        raise OSError(f"{prefix}{address} cannot be listened on: a file that is not a socket exists there")
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(address.path)
         except OSError:
             path.unlink(missing_ok=True)
             return
-    raise OSError(f"{prefix}{address} can't be listened on: another process listens there")
+    raise OSError(f"{prefix}{address} cannot be listened on: another process listens there")

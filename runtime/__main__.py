@@ -160,7 +160,7 @@ class Runtime:
             await self._server.start()
         except (OSError, RuntimeError) as error:
             await self._runner.cleanup()
-            raise Unavailable(f"can't listen: {error}") from None
+            raise Unavailable(f"cannot listen: {error}") from None
 
     async def _watch(self, stop: asyncio.Event) -> None:
         """Update health checks and metrics with the engine's state."""

@@ -127,5 +127,5 @@ def from_code(
 
 
 def is_panic(error: BaseException) -> bool:
-    """Return whether a library written in Rust has panicked. Its PanicException is no Exception, and its module cannot be imported."""
+    """Return whether a library written in Rust has panicked. Its PanicException is not a subclass of Exception, and its module cannot be imported."""
     return type(error).__name__ == "PanicException"

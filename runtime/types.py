@@ -161,7 +161,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
     weight_files: tuple[str, ...] = ()  # absolute paths, *.safetensors
     packed_file: str | None = None
     quantization: Quantization = Quantization.NONE
-    dtype: str = "float32"  # of what isn't quantised, and of the arithmetic
+    dtype: str = "float32"  # of what is not quantised, and of the arithmetic
     weight_bytes: int = 0  # as they will lie in memory
 
 

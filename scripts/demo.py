@@ -28,7 +28,7 @@ from wire.fmaas import generation_pb2_grpc as fmaas_grpc  # noqa: E402
 
 NAMES = {"smol": "none", "smol-int8": "int8", "smol-fp4": "fp4"}
 QUESTION = "What is the capital of France? Answer in one short sentence."
-# smol needs about 0.6 GiB with its KV, the quantised ones about 0.3 each: any two fit, all three don't
+# smol needs about 0.6 GiB with its KV, the quantised ones about 0.3 each: any two fit, all three do not
 BUDGET = "900MiB"
 
 console = Console(width=None if sys.stdout.isatty() else 120)

@@ -108,7 +108,7 @@ def main() -> int:
         if check:
             found = differences(fresh_dir / "wire", ROOT / "wire")
             if found:
-                print("wire/ isn't what proto/ generates; run `make proto`", *found, sep="\n  ", file=sys.stderr)
+                print("wire/ is not what proto/ generates; run `make proto`", *found, sep="\n  ", file=sys.stderr)
                 return 1
             print("wire/ is what proto/ generates")
             return 0

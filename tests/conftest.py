@@ -92,7 +92,7 @@ def pytest_runtest_makereport(
 
 @pytest.fixture(scope="session")
 def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
-    """Shared: tests keep to prefixes of their own, and don't kill it."""
+    """Shared: tests keep to prefixes of their own, and do not kill it."""
     server = EtcdServer(tmp_path_factory.mktemp("etcd"))
     server.start()
     yield server

@@ -132,7 +132,7 @@ def _extract(method: str, message: bytes, path: Sequence[int]) -> str | None:
     try:
         return extract(message, path)
     except ValueError as error:
-        raise InvalidRequest(f"{method}: the request message can't be read: {error}") from None
+        raise InvalidRequest(f"{method}: the request message cannot be read: {error}") from None
 
 
 def _from_headers(metadata: CallMetadata) -> tuple[Address, ...]:

@@ -252,7 +252,7 @@ class GrpcForwarder:
             try:
                 return inject(message, injection_path, model_id)
             except ValueError as error:
-                raise InvalidRequest(f"{method}: the request message can't be read: {error}") from None
+                raise InvalidRequest(f"{method}: the request message cannot be read: {error}") from None
 
         return rewrite
 

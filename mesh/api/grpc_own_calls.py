@@ -77,7 +77,7 @@ class _Call:
         try:
             request = self._parse(message)
         except DecodeError as error:
-            text = f"{self._method}: the request message can't be read: {error}"
+            text = f"{self._method}: the request message cannot be read: {error}"
             return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
         self._name = next((name for field in _NAMES if (name := getattr(request, field, ""))), "")
         return request

@@ -170,7 +170,7 @@ def _error(status: StatusInfo, move: _Move | None) -> str:
     """Return why the model, or the model that its name moves to, cannot be loaded; empty if nothing failed."""
     if move is not None and move.has_failed:
         cause = move.status.errors[0] if move.status.errors else "it failed to load"
-        return f"{move.path} can't take its place: {cause}"
+        return f"{move.path} cannot take its place: {cause}"
     if status.status is ModelStatus.LOADED:
         return ""
     errors = status.errors or (move.status.errors if move else ())

@@ -215,7 +215,7 @@ def show_fit(console: Console, name: str, fit: Fit) -> None:
     console.print(f"  budget     {size(fit.capacity_bytes)}")
     if fit.num_devices > 1:
         console.print(f"  devices    {fit.num_devices}, each with these sizes")
-    verdict = "[green]fits[/green]" if fit.fits else "[red]doesn't fit[/red]"
+    verdict = "[green]fits[/green]" if fit.fits else "[red]does not fit[/red]"
     evicts = f"; would evict {', '.join(fit.evicts)}" if fit.evicts else ""
     console.print(f"  {verdict}{evicts}{': ' + fit.reason if fit.reason else ''}")
 

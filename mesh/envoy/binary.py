@@ -36,7 +36,7 @@ def find_envoy(setting: str) -> EnvoyBinary:
         run = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = error.strerror if isinstance(error, OSError) else f"it did not answer within {_TIMEOUT_S:g} s"
-        raise InvalidRequest(f"envoy {path} can't be run: {reason}; {_INSTALL}") from None
+        raise InvalidRequest(f"envoy {path} cannot be run: {reason}; {_INSTALL}") from None
     return EnvoyBinary(path, _checked_version(path, run.stdout))
 
 

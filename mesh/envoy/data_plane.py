@@ -160,7 +160,7 @@ class DataPlane:
         try:
             self._write_files(self._names.limit, names)
         except OSError as error:
-            logger.error("Envoy's files could not be written: %s; it goes on with those that it has", error)
+            logger.error("Envoy's files could not be written: %s; it continues with those that it has", error)
             return False
         return True
 

@@ -154,7 +154,7 @@ class Placement:
             if self._states.blocked_for_s(model_id) > 0:
                 break
         if status.status is ModelStatus.NOT_LOADED and not order.must_see_end:
-            # A load that the record does not show goes on at another pod.
+            # A load that the record does not show continues at another pod.
             return self._states.status(model_id, besides=order.avoid)
         return status
 

@@ -26,7 +26,7 @@ class PodView:
         num_preferred: labels that the model's type prefers and the pod has.
         has_files: the pod has loaded the model before, so that its files may be on its disk or in its memory.
         has_base: the pod has the base of the adapter, or is loading it. An adapter costs little there, and the whole base elsewhere.
-        base_bytes: the size of the base that the pod would load first, 0 if it has the base or the model is no adapter.
+        base_bytes: the size of the base that the pod would load first, 0 if it has the base or the model is not an adapter.
         has_copy_in_zone: another copy of the model is in the pod's zone.
     """
 

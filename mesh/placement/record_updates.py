@@ -54,7 +54,7 @@ class RecordUpdates:
         """Add this pod to the record. Raises NotFound if the model is not registered with this `info`.
 
         Raises LoadedElsewhere and changes nothing if a pod of `alone_among` has the model or loads it: of several pods that start a load at the
-        same time, one goes on.
+        same time, one continues.
         """
 
         def change(record: ModelRecord | None) -> ModelRecord | None:

@@ -252,7 +252,7 @@ async def _listening(kind: str, address: str, starting: Coroutine[Any, Any, None
     try:
         await starting
     except OSError as error:
-        raise OSError(f"{kind} address {address} can't be listened on: {error.strerror or error}") from None
+        raise OSError(f"{kind} address {address} cannot be listened on: {error.strerror or error}") from None
 
 
 async def _cancel(tasks: list[asyncio.Task[None]]) -> None:

@@ -108,7 +108,7 @@ class DeclaredModels:
     async def apply(self) -> None:
         """Read the file and register what it declares. A file that cannot be read changes nothing and is logged.
 
-        One model that cannot be registered or loaded is logged, and the others go on.
+        One model that cannot be registered or loaded is logged, and the others are processed.
         """
         try:
             wanted = read_models_file(self._file)

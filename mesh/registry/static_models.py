@@ -38,7 +38,7 @@ def parse_static_models(text: str) -> tuple[StaticModel, ...]:
 async def register_static_models(
     models: tuple[StaticModel, ...], registry: Registry, loader: Loader, *, is_loaded: Callable[[str], bool]
 ) -> None:
-    """Register each model, and load those that ask for it. One that cannot be registered or loaded is logged; the others go on."""
+    """Register each model, and load those that ask for it. One that cannot be registered or loaded is logged; the others are processed."""
     for model in models:
         now_ms = epoch_ms()
         try:

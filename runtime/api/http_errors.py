@@ -62,7 +62,7 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
             status=error.status, body=encode(ErrorAnswer(body)), content_type="application/json", headers=headers
         )
     except web.RequestPayloadError as error:
-        return error_response(InvalidRequest(f"the body can't be read: {error}"))
+        return error_response(InvalidRequest(f"the body cannot be read: {error}"))
     except ConnectionError:
         raise  # the client is gone
     except BaseException as error:

@@ -50,7 +50,7 @@ class ErrorShape:
                 limit = request.client_max_size
                 return self.response(BodyTooLarge(f"the body is larger than the limit of {limit} bytes", limit=limit))
             except web.RequestPayloadError as error:
-                return self.response(InvalidRequest(f"the body can't be read: {error}"))
+                return self.response(InvalidRequest(f"the body cannot be read: {error}"))
             except (web.HTTPException, ConnectionError):
                 raise
             except BaseException as error:

@@ -82,7 +82,7 @@ def _read(path: Path, kind: type[T]) -> T | None:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (msgspec.MsgspecError, OSError, UnicodeError) as error:
-        raise LoadFailed(f"{path} can't be read: {error}") from error
+        raise LoadFailed(f"{path} cannot be read: {error}") from error
 
 
 def _listed(ids: Ids) -> list[int]:

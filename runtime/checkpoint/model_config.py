@@ -44,7 +44,7 @@ def read_card(model_id: str, checkpoint: Checkpoint, max_model_len: int | None) 
         raise
     except Exception as error:  # what a configuration of foreign make may lead transformers to raise
         raise LoadFailed(
-            f"config.json can't be used: {' '.join(str(error).split()) or type(error).__name__}", model=model_id
+            f"config.json cannot be used: {' '.join(str(error).split()) or type(error).__name__}", model=model_id
         ) from error
 
 
@@ -70,7 +70,7 @@ def _read(model_id: str, checkpoint: Checkpoint, max_model_len: int | None) -> M
 
 
 def check_sizes(card: ModelConfig, num_tensors: int) -> None:
-    """Before the module is built: layers that the files can't hold would take all time and memory. Raises LoadFailed."""
+    """Before the module is built: layers that the files cannot hold would take all time and memory. Raises LoadFailed."""
     if card.num_layers < 1 or card.vocab_size < 1:
         raise LoadFailed(f"config.json says {card.num_layers} layers and a vocabulary of {card.vocab_size}")
     if card.num_layers > num_tensors:
@@ -109,7 +109,7 @@ def longrope_limit(rope_parameters: object) -> int | None:
 
 
 def _context_limit(model_id: str, config: Any, asked: int | None) -> int:
-    """Tokens of a sequence. LongRoPE models keep to their original length unless more is asked for: their short and long frequencies don't mix."""
+    """Tokens of a sequence. LongRoPE models keep to their original length unless more is asked for: their short and long frequencies do not mix."""
     limit = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 0)
     if limit <= 0:
         if asked is None:

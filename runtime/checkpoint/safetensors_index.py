@@ -67,7 +67,7 @@ def _header(path: str) -> tuple[dict[str, Any], int, int]:
                 raise LoadFailed(f"{path} is truncated: {file_bytes} bytes, its header alone needs {8 + header_bytes}")
             header = json.loads(file.read(header_bytes))
     except OSError as error:
-        raise LoadFailed(f"{path} can't be read: {error.strerror}") from error
+        raise LoadFailed(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise LoadFailed(f"{path} is not a safetensors file: its header is not JSON") from error
     if not isinstance(header, dict):

@@ -88,7 +88,7 @@ def lay_out(specs: Sequence[TensorSpec], joins: Sequence[Join], num_layers: int,
             (s.shape[1:], s.dtype, s.layer) != (first.shape[1:], first.dtype, first.layer)
             for s in map(by_name.__getitem__, join.members)
         ):
-            raise ValueError(f"{join.name}: its members can't be seen as one matrix")
+            raise ValueError(f"{join.name}: its members cannot be seen as one matrix")
 
     buckets: list[list[TensorSpec]] = [[] for _ in range(num_layers + 2)]
     for spec in specs:

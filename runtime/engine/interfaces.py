@@ -107,7 +107,7 @@ class StepOutput:
     `tokens` holds as many tokens of each row as the plan says in `samples`; those that follow a wrong draft are meaningless. NO_TOKEN stands where the
     logits have a NaN, or no finite maximum. `logprobs` has an entry per
     token, None for rows without log-probabilities. `prompt_logprobs` maps a row to the entries of this chunk's tokens:
-    the entry of the token at position p says how likely p's id was given what precedes it; position 0 has None. A chunk that isn't the last leaves
+    the entry of the token at position p says how likely p's id was given what precedes it; position 0 has None. A chunk that is not the last leaves
     out the entry of the token after it (it comes first in the next chunk's list).
     """
 

@@ -69,7 +69,7 @@ def check_prompt(model: ServedModel, prompt: Sequence[int], *, param: str = "pro
     if highest >= size:
         raise InvalidRequest(
             f"the prompt has the token {model.text.piece(highest)!r}, id {highest}, which its tokenizer knows "
-            f"and the model doesn't (its vocabulary is 0 to {size - 1})",
+            f"and the model does not (its vocabulary is 0 to {size - 1})",
             model=model.name,
             param=param,
             limit=size - 1,

@@ -20,5 +20,5 @@ async def is_current(preparer: Preparer, source: ModelSource, prepared: Prepared
         async with asyncio.timeout(_TIMEOUT_S):
             return await preparer.identity(source) == prepared.identity
     except (RepertoryError, TimeoutError) as error:
-        log.warning("%s can't be compared with what is loaded: %s", source.uri, error or type(error).__name__)
+        log.warning("%s cannot be compared with what is loaded: %s", source.uri, error or type(error).__name__)
         return True

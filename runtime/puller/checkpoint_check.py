@@ -111,7 +111,7 @@ def read_json(path: Path) -> dict[str, object]:
     except FileNotFoundError:
         raise LoadFailed(f"{path.name} is missing in {path.parent}") from None
     except OSError as error:
-        raise LoadFailed(f"{path} can't be read: {error.strerror}") from error
+        raise LoadFailed(f"{path} cannot be read: {error.strerror}") from error
 
 
 def parse_json(name: str, data: bytes) -> dict[str, object]:
@@ -231,7 +231,7 @@ def _refuse_remote_code(path: Path, config: Mapping[str, object], policy: Policy
 
 
 def _is_native(model_type: str) -> bool:
-    spec = importlib.util.find_spec("transformers")  # finds, doesn't import
+    spec = importlib.util.find_spec("transformers")  # finds, does not import
     if spec is None or spec.origin is None or not model_type:
         return False
     return (Path(spec.origin).parent / "models" / model_type.replace("-", "_")).is_dir()

@@ -52,7 +52,7 @@ def read_index(path: Path) -> GgufIndex:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _checked(path.name, _IndexReader(path.name, data, len(data)).read())
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
-        raise LoadFailed(f"{path.name} can't be read: {error}") from error
+        raise LoadFailed(f"{path.name} cannot be read: {error}") from error
 
 
 def read_remote_index(name: str, size_bytes: int, read: Callable[[int], bytes]) -> GgufIndex:
@@ -76,7 +76,7 @@ def _checked(name: str, index: GgufIndex) -> GgufIndex:
     if num_parts > 1:
         part = (index.number("split.no") or 0) + 1
         raise LoadFailed(
-            f"{name} is part {part} of a GGUF file that was split into {num_parts}, which can't be loaded in parts; "
+            f"{name} is part {part} of a GGUF file that was split into {num_parts}, which cannot be loaded in parts; "
             "merge them with `llama-gguf-split --merge` and register the whole file"
         )
     return index

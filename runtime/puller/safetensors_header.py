@@ -29,7 +29,7 @@ def read_header(path: Path, max_header_bytes: int = _MAX_HEADER_BYTES) -> Header
             length = header_length(path.name, file.read(8), actual_bytes, max_header_bytes)
             header = parse_header(path.name, file.read(length))
     except OSError as error:
-        raise LoadFailed(f"{path.name} can't be read: {error.strerror}") from error
+        raise LoadFailed(f"{path.name} cannot be read: {error.strerror}") from error
     if header.file_bytes != actual_bytes:
         what = "truncated" if actual_bytes < header.file_bytes else "corrupt"
         raise LoadFailed(f"{path.name} is {what}: {actual_bytes} bytes, its header describes {header.file_bytes}")
@@ -99,7 +99,7 @@ def parse_header(name: str, data: bytes) -> Header:
             raise LoadFailed(f"{name} is corrupt: its metadata has values that are not text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LoadFailed(
-            f"{name} is not a safetensors file: its header can't be read ({type(error).__name__})"
+            f"{name} is not a safetensors file: its header cannot be read ({type(error).__name__})"
         ) from None
     places.sort()
     if any(before > start for (_, before), (start, _) in pairwise(places)):

@@ -122,7 +122,7 @@ def refuse_split(name: str, origin: str) -> None:
     match = _SPLIT.search(name)
     if match is not None and int(match["parts"]) > 1:
         raise LoadFailed(
-            f"{origin}: {name} is part {int(match['part'])} of a GGUF file that was split into {int(match['parts'])}, which can't be "
+            f"{origin}: {name} is part {int(match['part'])} of a GGUF file that was split into {int(match['parts'])}, which cannot be "
             "loaded in parts; merge them with `llama-gguf-split --merge` and register the whole file"
         )
 

@@ -62,7 +62,7 @@ class CallGrammar:
 
     def _arguments(self, function: Function) -> str:
         schema = {"type": "object", **function.parameters}
-        # The library checks every schema: it knows what is no JSON schema at all.
+        # The library checks every schema: it tells a JSON schema from any other value.
         self.notes += check_part(Wanted(JsonSchema(schema, lenient=not function.strict), "tools", function.where))
         if self._layout.arguments is Arguments.JSON:
             return self._rules.part(part_of(JsonSchema(schema, lenient=not function.strict)))

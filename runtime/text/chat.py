@@ -143,6 +143,6 @@ def _cut_at_mark(model: str, rendered: str) -> str:
     mark = _CONTINUE_MARK.strip()
     at = rendered.rfind(mark)
     if at < 0:
-        raise InvalidRequest("its chat template can't continue the last message", model=model, param="messages")
+        raise InvalidRequest("its chat template cannot continue the last message", model=model, param="messages")
     kept = rendered[:at]
     return kept if rendered.startswith(_CONTINUE_MARK, at) else kept.rstrip()

@@ -114,4 +114,4 @@ def _read(path: Path, kind: type[_T]) -> _T | None:
     except FileNotFoundError:
         return None
     except (msgspec.MsgspecError, OSError, UnicodeError, RecursionError) as error:
-        raise LoadFailed(f"{path} can't be read: {error}") from error
+        raise LoadFailed(f"{path} cannot be read: {error}") from error

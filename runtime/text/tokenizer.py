@@ -139,12 +139,12 @@ def open_tokenizer(model_dir: Path, config: TokenizerConfig) -> TextTokenizer:
             f"{model_dir} has no tokenizer.json; a checkpoint with only a slow tokenizer has to be packed first"
         )
     try:
-        with panics_as(LoadFailed, f"{path} can't be read"):
+        with panics_as(LoadFailed, f"{path} cannot be read"):
             tokenizer = Tokenizer.from_file(str(path))
     except LoadFailed:
         raise
-    except Exception as error:  # the library raises bare Exception for a file it can't read
-        raise LoadFailed(f"{path} can't be read: {error}") from error
+    except Exception as error:  # the library raises bare Exception for a file it cannot read
+        raise LoadFailed(f"{path} cannot be read: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     _add_missing_tokens(tokenizer, config)

@@ -115,7 +115,7 @@ def read_tokenizer_config(model_dir: Path) -> TokenizerConfig:
     try:
         return msgspec.json.decode(path.read_bytes(), type=TokenizerConfig, strict=False)
     except (msgspec.MsgspecError, OSError, UnicodeError) as error:
-        raise LoadFailed(f"{path} can't be read: {error}") from error
+        raise LoadFailed(f"{path} cannot be read: {error}") from error
 
 
 def read_generation_config(model_dir: Path) -> GenerationConfig:
@@ -125,7 +125,7 @@ def read_generation_config(model_dir: Path) -> GenerationConfig:
     try:
         return msgspec.json.decode(path.read_bytes(), type=GenerationConfig, strict=False)
     except (msgspec.MsgspecError, OSError, UnicodeError) as error:
-        raise LoadFailed(f"{path} can't be read: {error}") from error
+        raise LoadFailed(f"{path} cannot be read: {error}") from error
 
 
 def read_chat_templates(model_dir: Path, config: TokenizerConfig) -> dict[str, str]:
@@ -143,5 +143,5 @@ def read_chat_templates(model_dir: Path, config: TokenizerConfig) -> dict[str, s
         if more.is_dir():
             templates |= {path.stem: path.read_text(encoding="utf-8") for path in sorted(more.glob("*.jinja"))}
     except (OSError, UnicodeError) as error:
-        raise LoadFailed(f"a chat template of {model_dir} can't be read: {error}") from error
+        raise LoadFailed(f"a chat template of {model_dir} cannot be read: {error}") from error
     return templates

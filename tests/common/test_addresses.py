@@ -34,7 +34,7 @@ def test_parse_address_refuses_by_name(text: str) -> None:
 def test_check_free_port_in_use(host: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = Address(host=host, port=server.getsockname()[1])
-        with pytest.raises(OSError, match=f"HTTP address {host}:.* can't be listened on: Address already in use"):
+        with pytest.raises(OSError, match=f"HTTP address {host}:.* cannot be listened on: Address already in use"):
             check_free(address, "HTTP")
     check_free(address, "HTTP")
 

@@ -341,7 +341,7 @@ def test_serve_names_a_taken_port(tmp_path: Path) -> None:
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert f"{address} can't be listened on" in done.stderr + done.stdout
+    assert f"{address} cannot be listened on" in done.stderr + done.stdout
 
 
 @contextlib.contextmanager

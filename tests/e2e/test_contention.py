@@ -22,7 +22,7 @@ from tests.support import stack
 from tests.support.checkpoints import tiny_llama
 from tests.support.edge import Answer, Edge
 
-# two tiny models fit beside each other, three don't; of the wide ones only one at a time
+# two tiny models fit beside each other, three do not; of the wide ones only one at a time
 _MEMORY = "20MiB"
 _SOAK_CALLERS = 6
 
@@ -78,7 +78,7 @@ def test_models_that_only_fit_alone_take_turns(tight: Tight) -> None:
         tight.edge.register(name, tight.models / name)
     with _callers(lambda name: tight.edge.complete(name), ("max", "max", "max", "mia", "mia", "mia")) as answers:
         # the one, the other, and the one again, although no caller ever pauses
-        _until(lambda: tight.loads("max") + tight.loads("mia") >= 3, "they don't take turns")
+        _until(lambda: tight.loads("max") + tight.loads("mia") >= 3, "they do not take turns")
     counts = Counter((name, answer.status) for name, answer in answers)
     assert set(counts) == {("max", 200), ("mia", 200)}
     # who waited for the same model was answered in the same turn
@@ -98,7 +98,7 @@ def test_name_gets_other_files_without_a_gap(tight: Tight) -> None:
             edge.register("star", tight.models / name)
             _until(lambda name=name: edge.complete("star").completion == known[name], f"star did not become {name}")  # type: ignore[misc]
             assert edge.complete("star").completion == known[name]
-        # files that can't be loaded change nothing
+        # files that cannot be loaded change nothing
         (tight.models / "hollow").mkdir()
         edge.register("star", tight.models / "hollow")
         _until(lambda: "hollow" in _model(edge, "star")["error"], "the failure is not reported")

@@ -122,7 +122,7 @@ def test_filters_are_transformers(rules: SamplingParams) -> None:
 def test_candidates_decide_as_all_tokens_do(rules: SamplingParams) -> None:
     torch.manual_seed(4)
     logits = torch.randn(8, 3000) * 3
-    logits[4:] *= 0.1  # flat: a thousand candidates can't decide
+    logits[4:] *= 0.1  # flat: a thousand candidates cannot decide
     words = tables([rules] * 8, torch.device("cpu")).rules
     index, positions = torch.arange(8), torch.arange(8) * 7
     drawn = torch.zeros(8, dtype=torch.int64)

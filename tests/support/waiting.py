@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 
 async def until(holds: Callable[[], object], timeout_s: float = 10.0) -> None:
-    """Fails if it doesn't."""
+    """Fails if it does not."""
     give_up_s = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < give_up_s, "it did not become true in time"

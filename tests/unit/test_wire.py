@@ -28,7 +28,7 @@ SERVICES = {
 }
 STREAMS = {"fmaas.GenerationService/GenerateStream", "repertory.RuntimeState/watch"}
 
-# Each message's fields in the order of their numbers; "-" stands for a number that isn't used.
+# Each message's fields in the order of their numbers; "-" stands for a number that is not used.
 FIELDS = {
     model_runtime_pb2.LoadModelRequest: "modelId modelType modelPath modelKey",
     model_runtime_pb2.LoadModelResponse: "sizeInBytes maxConcurrency",
@@ -156,7 +156,7 @@ def test_enum_values(enum: EnumTypeWrapper) -> None:
 
 
 def test_wire_fields_carry_presence() -> None:
-    """A zero that was sent and a field that wasn't must not look alike where the two mean different things."""
+    """A zero that was sent and a field that was not must not look alike where the two mean different things."""
     assert generation_pb2.SamplingParameters(temperature=0.0).HasField("temperature")
     assert generation_pb2.SamplingParameters(seed=0).HasField("seed")
     assert generation_pb2.StoppingCriteria(include_stop_sequence=False).HasField("include_stop_sequence")

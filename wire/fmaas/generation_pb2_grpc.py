@@ -76,7 +76,7 @@ class GenerationServiceServicer(object):
         sampling); one with input_tokens if they were asked for; then one a token that adds text or
         token details, with the cumulative generated_token_count; the last carries stop_reason,
         stop_sequence and what text was held back. All texts put together are the unary answer's text.
-        Text never splits a character, and a stop sequence that isn't to be included never shows. A
+        Text never splits a character, and a stop sequence that is not to be included never shows. A
         stream that ends without a stop_reason failed, and its status says why; one that began is never
         silently started again. Cancellation and deadlines: as in Generate.
         """
@@ -85,8 +85,8 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Tokenizes with the model's tokenizer, special tokens included. Doesn't need the model's weights
-        in memory, doesn't queue behind generation, repeatable.
+        """Tokenizes with the model's tokenizer, special tokens included. Does not need the model's weights
+        in memory, does not queue behind generation, repeatable.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

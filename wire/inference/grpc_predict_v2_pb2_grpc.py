@@ -87,7 +87,7 @@ class GRPCInferenceServiceServicer(object):
     def ModelReady(self, request, context):
         """Whether the model can be called. An unknown or failed model is OK with false; a model that
         would have to be loaded first is OK with true from a mesh (calling it loads it) and with false
-        from a runtime. Doesn't count as a use.
+        from a runtime. Does not count as a use.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

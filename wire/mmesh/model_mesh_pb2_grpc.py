@@ -110,7 +110,7 @@ class ModelMeshServicer(object):
     def ensureLoaded(self, request, context):
         """Loads the model somewhere if it is loaded nowhere, and counts as a use of it. Any number of
         calls start one load. Without sync it answers LOADING at once; with sync it answers when the
-        load has ended, LOADED or LOADING_FAILED. NOT_FOUND: the id isn't registered. A failed load is
+        load has ended, LOADED or LOADING_FAILED. NOT_FOUND: the id is not registered. A failed load is
         OK with LOADING_FAILED; it is tried again only after a pause.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -126,10 +126,10 @@ class ModelMeshServicer(object):
         With modelInfo the target is registered in the same transaction. Repeating a call that is done,
         or under way, changes nothing. NOT_FOUND: updateOnly and no such vmodel, or the target is
         unknown and no modelInfo was given. ALREADY_EXISTS: the target exists with other attributes, or
-        the vmodel has another owner. FAILED_PRECONDITION: the current target isn't
+        the vmodel has another owner. FAILED_PRECONDITION: the current target is not
         expectedTargetModelId (nor targetModelId). INVALID_ARGUMENT: empty vModelId or targetModelId,
-        or a modelInfo without type. sync waits for the move; a target that can't be loaded is OK with
-        TRANSITION_FAILED, and the old one goes on answering.
+        or a modelInfo without type. sync waits for the move; a target that cannot be loaded is OK with
+        TRANSITION_FAILED, and the old one keeps answering.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

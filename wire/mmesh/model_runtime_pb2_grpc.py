@@ -74,7 +74,7 @@ class ModelRuntimeServicer(object):
         the budget; files already pulled may stay in the disk cache. A caller should send unloadModel
         after every load that did not return OK.
 
-        INVALID_ARGUMENT: empty id, a model key that isn't a JSON object or has a value out of range, a
+        INVALID_ARGUMENT: empty id, a model key that is not a JSON object or has a value out of range, a
         path out of bounds. Nothing was tried. FAILED_PRECONDITION: the files are missing, corrupt,
         unsupported, or could not be fetched, the model was quarantined, or it exceeds a whole memory or
         disk budget (needed and available bytes are named); details carry the cause.
@@ -91,7 +91,7 @@ class ModelRuntimeServicer(object):
         runtime's unload grace; what is left then ends with UNAVAILABLE.
 
         Idempotent: an unknown id is OK (other runtimes say NOT_FOUND; a mesh takes both for success).
-        A running load of the id is cancelled first. Cancelling this call doesn't stop the unload.
+        A running load of the id is cancelled first. Cancelling this call does not stop the unload.
         INVALID_ARGUMENT: empty id. UNAVAILABLE: the memory could not be freed now; the caller must try
         again and count the bytes as used until then.
         """
@@ -115,7 +115,7 @@ class ModelRuntimeServicer(object):
 
     def modelSize(self, request, context):
         """The measured size of a loaded model. Read-only; may be called at any time.
-        NOT_FOUND: the model isn't loaded here. INVALID_ARGUMENT: empty id.
+        NOT_FOUND: the model is not loaded here. INVALID_ARGUMENT: empty id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -127,7 +127,7 @@ class ModelRuntimeServicer(object):
         repertory.RuntimeState.
 
         READY promises that the runtime holds no models: whatever an earlier caller loaded is purged
-        before the answer (the disk cache stays). The limits don't change while the process lives.
+        before the answer (the disk cache stays). The limits do not change while the process lives.
         UNAVAILABLE: not up yet, ask again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -101,7 +101,7 @@ class AdminRoutes:
         body = await read_body(request, _BODY_BYTES)
         asked, settings = decode(body, _Fit), _settings(body, _Fit)
         if bool(asked.name) == bool(asked.uri):
-            raise InvalidRequest("give either the name of a registered model or the uri of one that isn't")
+            raise InvalidRequest("give either the name of a registered model or the uri of one that is not")
         if asked.name:
             model_id, info = await self._registered(asked.name)
             if settings or asked.type is not None:

@@ -24,7 +24,7 @@ def chat_options(body: ChatBody, tools: ToolPlan) -> ChatOptions:
     """Return how the messages become a prompt. An assistant's message at the end is continued, unless the request says otherwise."""
     if body.continue_final_message and body.add_generation_prompt:
         raise InvalidRequest(
-            "continue_final_message and add_generation_prompt can't both be true", param="continue_final_message"
+            "continue_final_message and add_generation_prompt cannot both be true", param="continue_final_message"
         )
     by_assistant = bool(body.messages) and body.messages[-1].role == "assistant"
     continues = by_assistant and body.continue_final_message is not False and not body.add_generation_prompt

@@ -43,7 +43,7 @@ class ExtentMap:
         return best
 
     def take(self, placement: Placement, size_bytes: int, slabs: list[int]) -> None:
-        """Enter an extent. `slabs` go to the missing places, in order. Raises ValueError if the placement is no longer free."""
+        """Record an extent. `slabs` go to the missing places, in order. Raises ValueError if the placement is no longer free."""
         size_bytes = _aligned(size_bytes)
         extent = (placement.offset, placement.offset + size_bytes)
         at = bisect_left(self._taken, extent)

@@ -51,5 +51,5 @@ class LengthEstimate:
         if self._typical is None:
             quantile = sorted(self._lengths)[int(_QUANTILE * (len(self._lengths) - 1))] if self._lengths else 0
             self._typical = quantile if len(self._lengths) >= _ENOUGH else max(quantile, _FIRST_GUESS)
-        # A sequence beyond the typical length is expected to go on for a quarter of its present length.
+        # A sequence beyond the typical length is expected to generate another quarter of its present length.
         return min(left, max(self._typical - generated, 16, generated // 4))

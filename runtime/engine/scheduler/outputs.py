@@ -99,7 +99,7 @@ class StopRules:
 
 
 def outcome(sequence: Sequence, token: int, rules: StopRules) -> tuple[FinishReason | None, int | None]:
-    """Return why the sequence ends with this token, which it holds already, and the id that ended it; None if it goes on."""
+    """Return why the sequence ends with this token, which it holds already, and the id that ended it; None if it continues."""
     reason = rules.ends_on(sequence, token)
     if reason is not None:
         return reason, token

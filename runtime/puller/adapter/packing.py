@@ -100,7 +100,7 @@ def narrowed(values: Floats, dtype: str, name: str) -> npt.NDArray[Any]:
 
 def _check_finite(values: npt.NDArray[Any], name: str) -> None:
     if not np.isfinite(values).all():
-        raise LoadFailed(f"tensor {name} has values that are infinite or not a number; the adapter can't be used")
+        raise LoadFailed(f"tensor {name} has values that are infinite or not a number; the adapter cannot be used")
 
 
 def _entry(name: str, code: str, shape: tuple[int, int]) -> Entry:

@@ -47,9 +47,9 @@ def convert_tokenizer(model_dir: Path, out_dir: Path) -> None:
         tokenizer.save_pretrained(str(out_dir))
     except Exception as error:  # Any error of a converter means that the tokenizer cannot be used.
         raise LoadFailed(
-            f"the tokenizer can't be converted to tokenizer.json: {type(error).__name__}: {error}"
+            f"the tokenizer cannot be converted to tokenizer.json: {type(error).__name__}: {error}"
         ) from error
     if not (out_dir / "tokenizer.json").is_file():
         raise LoadFailed(
-            f"the tokenizer can't be converted to tokenizer.json: {type(tokenizer).__name__} has no fast form"
+            f"the tokenizer cannot be converted to tokenizer.json: {type(tokenizer).__name__} has no fast form"
         )

@@ -30,9 +30,11 @@ def convert_gguf_tokenizer(reader: Any, index: GgufIndex, path: Path, out_dir: P
     except LoadFailed:
         raise
     except Exception as error:  # a converter raises anything for a vocabulary that it cannot use
-        raise LoadFailed(f"the tokenizer of {path.name} can't be converted: {type(error).__name__}: {error}") from error
+        raise LoadFailed(
+            f"the tokenizer of {path.name} cannot be converted: {type(error).__name__}: {error}"
+        ) from error
     if not (out_dir / "tokenizer.json").is_file():
-        raise LoadFailed(f"the tokenizer of {path.name} can't be converted: its kind {kind!r} has no fast form")
+        raise LoadFailed(f"the tokenizer of {path.name} cannot be converted: its kind {kind!r} has no fast form")
 
 
 def end_of_turn_ids(index: GgufIndex) -> list[int]:
@@ -98,7 +100,7 @@ def _splits(pre: str) -> list[str]:
     known = ", ".join(sorted(_GPT2 | _SINGLE_DIGITS | splits.keys()))
     stated = f"tokenizer.ggml.pre = {pre!r}" if pre else "no tokenizer.ggml.pre"
     raise LoadFailed(
-        f"the GGUF file has {stated}, so its text can't be split as the model learnt it (known: {known}); "
+        f"the GGUF file has {stated}, so its text cannot be split as the model learnt it (known: {known}); "
         "use the safetensors version of this model"
     )
 

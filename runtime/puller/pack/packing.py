@@ -264,7 +264,7 @@ def _read_gguf(request: PackRequest, out_dir: Path, say: Say) -> dict[str, Tenso
     except (LoadFailed, MemoryError):
         raise
     except Exception as error:  # the readers raise whatever a file of foreign make leads them to
-        raise LoadFailed(f"{path.name} can't be read: {type(error).__name__}: {error}") from error
+        raise LoadFailed(f"{path.name} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _read_pickles(request: PackRequest) -> dict[str, Tensor]:
@@ -283,7 +283,7 @@ def _read_pickles(request: PackRequest) -> dict[str, Tensor]:
         )
     except Exception as error:  # the reader raises whatever a file of foreign make leads it to
         raise LoadFailed(
-            f"{Path(request.weight_files[0]).name} can't be read: {type(error).__name__}: {error}"
+            f"{Path(request.weight_files[0]).name} cannot be read: {type(error).__name__}: {error}"
         ) from error
     for what in ("missing", "unexpected"):
         if names := sorted(name for name in info[f"{what}_keys"] if not is_old_constant(name)):

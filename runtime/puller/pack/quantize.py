@@ -75,7 +75,7 @@ def stored_shape(state: Tensor) -> tuple[int, ...]:
 
 
 def unpack_4bit(stored: Stored4Bit, name: str) -> Matrix | Tensor:
-    """Serialised → ours, bit for bit; a matrix whose rows our blocks don't fit comes back dequantised."""
+    """Serialised → ours, bit for bit; a matrix whose rows our blocks do not fit comes back dequantised."""
     keys = [key for key in stored.parts if key.startswith("quant_state.")]
     if not keys:
         raise LoadFailed(f"tensor {name} is quantised and has no quant_state")

@@ -126,7 +126,7 @@ class FromFiles:
         except LoadFailed:
             raise
         except Exception as error:
-            raise LoadFailed(f"tensor {work.first_target} can't be made from the checkpoint's: {error}") from error
+            raise LoadFailed(f"tensor {work.first_target} cannot be made from the checkpoint's: {error}") from error
         missing = [name for name in work.targets if name not in made]
         if missing:
             raise LoadFailed(f"tensor {missing[0]} did not come of converting {work.sources[0][1].name}")

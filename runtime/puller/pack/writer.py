@@ -121,7 +121,7 @@ class PackedWriter:
 
 
 def _begin_writeback(file: int, at: int, size_bytes: int) -> None:
-    """Let the disk begin now, so that the flush at the end finds little to do. A hint: where it isn't known, nothing is lost."""
+    """Let the disk begin now, so that the flush at the end finds little to do. A hint: where it is not known, nothing is lost."""
     sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
     if sync_file_range is not None:
         sync_file_range(

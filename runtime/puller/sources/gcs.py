@@ -52,7 +52,7 @@ class GcsBucket:
                 md5, crc32c = (base64.b64decode(text).hex() if text else "" for text in (blob.md5_hash, blob.crc32c))
                 yield RemoteFile(blob.name, blob.name, blob.size or 0, str(blob.generation), md5=md5, crc32c=crc32c)
         except self._no_credentials:
-            # the library's words are of refreshing what there isn't
+            # the library's words are of refreshing what there is not
             raise PermissionError("it is not public, and there are no credentials for it") from None
 
     def checkable(self, file: RemoteFile) -> RemoteFile:

@@ -76,7 +76,7 @@ class HttpClient:
         return response
 
     def look(self, name: str, url: str, job: PullJob) -> RemoteFile | None:
-        """Size and ETag of a file; None if there isn't one. Raises LoadFailed when the server can't be asked."""
+        """Size and ETag of a file; None if there is not one. Raises LoadFailed when the server cannot be asked."""
         try:
             try:
                 response = self._open_patiently(url, "HEAD", {}, job)
@@ -94,7 +94,7 @@ class HttpClient:
             raise kind(f"{_shown(url)}: the server answers {error.code} {error.reason}") from error
         except _BROKEN as error:
             job.check()
-            raise Unreachable(f"{_shown(url)} can't be reached: {_words(error)}") from None
+            raise Unreachable(f"{_shown(url)} cannot be reached: {_words(error)}") from None
 
     def read(self, url: str, start: int, count: int, job: PullJob) -> bytes:
         """Read a few bytes. Raises LoadFailed."""
@@ -105,7 +105,7 @@ class HttpClient:
                 return response.read(count)
         except _BROKEN as error:
             job.check()
-            raise LoadFailed(f"{_shown(url)} can't be read: {_words(error)}") from None
+            raise LoadFailed(f"{_shown(url)} cannot be read: {_words(error)}") from None
 
     def _open_patiently(
         self, url: str, method: str, headers: Mapping[str, str], job: PullJob
@@ -143,7 +143,7 @@ class HttpClient:
                 raise Interrupted(f"{_shown(file.location)}: the server answers {error.code}") from error
             raise LoadFailed(f"{_shown(file.location)}: the server answers {error.code} {error.reason}") from error
         except _BROKEN as error:
-            raise Interrupted(f"{_shown(file.location)}: can't be reached: {_words(error)}") from None
+            raise Interrupted(f"{_shown(file.location)}: cannot be reached: {_words(error)}") from None
         with response, done.open("ab" if response.status == 206 else "wb") as out:
             if response.status != 206 and start:
                 arrived(-start)  # it changed, or the server gives no parts: from the beginning

@@ -64,12 +64,12 @@ class HubSource:
                 ) from error
             away = status in AGAIN or isinstance(error, ConnectionError | TimeoutError)
             raise (Unreachable if away else LoadFailed)(
-                f"{origin}: the hub's answer can't be used: {type(error).__name__}: {first_line}"
+                f"{origin}: the hub's answer cannot be used: {type(error).__name__}: {first_line}"
             ) from error
         except (
             Exception
         ) as error:  # The library's HTTP client has exceptions of its own, which change with its major versions.
-            raise Unreachable(f"{origin}: the hub can't be reached: {type(error).__name__}") from error
+            raise Unreachable(f"{origin}: the hub cannot be reached: {type(error).__name__}") from error
         token = self._token or get_token()
         # The operator chose the endpoint, which may be a mirror in the private network.
         self._client = HttpClient(

@@ -34,7 +34,7 @@ def local_path(path: str, roots: Sequence[str]) -> Path:
             raise LoadFailed(f"{path}: no such file or directory")
     except (OSError, RuntimeError) as error:  # a loop of links, a name that is too long, no permission
         raise LoadFailed(
-            f"{path[:200]} can't be used: {error.strerror if isinstance(error, OSError) else 'its links form a loop'}"
+            f"{path[:200]} cannot be used: {error.strerror if isinstance(error, OSError) else 'its links form a loop'}"
         ) from error
     if real.is_dir():
         for file in real.rglob("*"):

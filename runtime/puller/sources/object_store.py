@@ -20,7 +20,7 @@ _TRIES = 4
 
 
 class Bucket(Protocol):
-    """`origin` names it to people; `away` are the library's errors that mean that the store wasn't reached at all."""
+    """`origin` names it to people; `away` are the library's errors that mean that the store was not reached at all."""
 
     origin: str
     away: tuple[type[Exception], ...]
@@ -114,4 +114,4 @@ def _told(place: str, verb: str, away: tuple[type[Exception], ...] = ()) -> Iter
     except Exception as error:
         words = _USER.sub("", _QUERY.sub("?…", " ".join(str(error).split())))[:_MOST_WORDS]
         kind = Unreachable if isinstance(error, away) else LoadFailed
-        raise kind(f"{place} can't be {verb}: {type(error).__name__}: {words}") from None
+        raise kind(f"{place} cannot be {verb}: {type(error).__name__}: {words}") from None

@@ -31,7 +31,7 @@ _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\xa0-\xff]*")
 
 
 def locate(source: ModelSource, config: RuntimeConfig) -> Path | Source:
-    """Raises InvalidRequest for what can't be a place, LoadFailed for a local place that isn't there."""
+    """Raises InvalidRequest for what cannot be a place, LoadFailed for a local place that is not there."""
     scheme, separator, rest = source.uri.partition("://")
     if separator and scheme not in SCHEMES:
         raise InvalidRequest(
@@ -123,7 +123,7 @@ def _bucket(
         # the libraries' own words may quote what they were given
         given = ", ".join(sorted(options)) or "none"
         raise LoadFailed(
-            f"{where}: the storage options can't be used ({type(error).__name__}); given are {given}"
+            f"{where}: the storage options cannot be used ({type(error).__name__}); given are {given}"
         ) from None
 
 

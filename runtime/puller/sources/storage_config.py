@@ -80,7 +80,7 @@ def storage_options(
     redirected = [name for name in _DESTINATIONS if name in params and params[name] != configuration.options.get(name)]
     if redirected and configuration.has_credentials:
         raise InvalidRequest(
-            f"storage_params can't change {redirected[0]} of {configuration.label}: its credentials would go there",
+            f"storage_params cannot change {redirected[0]} of {configuration.label}: its credentials would go there",
             param="storage_params",
         )
     _check_destinations(params, redirected, destinations)

@@ -113,7 +113,7 @@ async def test_inference_stream_that_ends_early_leaves_no_traceback(
 async def test_malformed_messages_are_invalid_and_leave_no_traceback(
     pod: RunningPod, caplog: pytest.LogCaptureFixture, method: str
 ) -> None:
-    with pytest.raises(grpc.aio.AioRpcError, match="can't be read") as caught:
+    with pytest.raises(grpc.aio.AioRpcError, match="cannot be read") as caught:
         async for _ in pod.server_stream(f"/{method}")(b"\xff\xff\xff"):
             pass
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -194,7 +194,7 @@ async def test_addressing_binary_header_names_a_non_ascii_model(pod: RunningPod)
     await pod.register("modèle")
     call = pod.unary("/test.Any/Echo")
     code, _ = await code_of(call(b"hi", metadata=(("mm-model-id-bin", "modèle".encode()),)))
-    # the fake knows models by the plain header only, which such an id can't have
+    # the fake knows models by the plain header only, which such an id cannot have
     assert code is grpc.StatusCode.NOT_FOUND
     assert dict(pod.runtime.metadata[-1])["mm-model-id-bin"] == "modèle".encode()
     assert "mm-model-id" not in dict(pod.runtime.metadata[-1])

@@ -80,7 +80,7 @@ async def test_moving_name_fails_no_request(pods: list[RunningPod]) -> None:
 async def test_attempts_follow_a_name_that_moves_before_routing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The name's new model isn't loaded yet: the request waits for it instead of failing with NOT_FOUND."""
+    """The name's new model is not loaded yet: the request waits for it instead of failing with NOT_FOUND."""
     async with running_pod(tmp_path / "pod") as pod:
         route = CopyRouter.route
         moves: list[str] = []
@@ -96,7 +96,7 @@ async def test_attempts_follow_a_name_that_moves_before_routing(
         moves.extend(["/second", "/third"])
         status, body, _ = await pod.chat("m")
         assert (status, body["error"]["code"]) == (404, "model_not_found"), (
-            "a name that moves again and again isn't followed for ever"
+            "a name that moves again and again is not followed for ever"
         )
         moves.append("/fourth")
         assert await pod.echo("m") == b"hi"

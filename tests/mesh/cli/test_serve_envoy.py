@@ -151,7 +151,7 @@ def test_serve_mesh_names_an_envoy_that_it_cannot_run(tmp_path: Path, capsys: py
         ["serve-mesh", "--store", f"embedded:{tmp_path}", "--envoy-dir", str(tmp_path / "e"), "--envoy=/none"]
     )
     assert status == 2
-    assert "envoy /none can't be run" in capsys.readouterr().err
+    assert "envoy /none cannot be run" in capsys.readouterr().err
 
 
 def test_serve_mesh_says_that_envoy_needs_a_port(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_serve_reports_a_taken_port_before_anything_is_started(
             "--store", f"embedded:{tmp_path}", "--http-listen", address, "--grpc-listen", "127.0.0.1:0"
         )
         assert status == 1
-        assert f"HTTP address {address} can't be listened on" in said
+        assert f"HTTP address {address} cannot be listened on" in said
     assert not list((tmp_path / "run").glob("*.json"))
 
 

@@ -147,7 +147,7 @@ async def test_supervised_process_is_restarted_only_if_it_has_run(tmp_path: Path
     refuses = "import os, sys; open(sys.argv[1] + f'/{os.getpid()}', 'w').close(); sys.exit(1)"
     assert await process(refuses).run(asyncio.Event()) == 1
     assert len(list(tmp_path.iterdir())) == 2
-    # killed in its first run, it can't start a few times, as if its store were away
+    # killed in its first run, it cannot start a few times, as if its store were away
     script = (
         "import os, signal, sys; from pathlib import Path; runs = Path(sys.argv[1]) / 'runs'; number = len(runs.read_bytes()) if runs.exists() else 0;"
         "runs.write_bytes(bytes(number + 1)); os.kill(os.getpid(), signal.SIGKILL) if not number else sys.exit(1)"

@@ -36,5 +36,5 @@ def test_find_envoy_refuses_other_programs(tmp_path: Path, output: str, says: st
 
 
 def test_find_envoy_names_a_missing_program(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match=r"nothing-here can't be run: No such file or directory"):
+    with pytest.raises(InvalidRequest, match=r"nothing-here cannot be run: No such file or directory"):
         find_envoy(str(tmp_path / "nothing-here"))

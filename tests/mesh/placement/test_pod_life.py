@@ -202,7 +202,7 @@ async def test_pod_that_ends_refuses_waiting_requests_at_once(tmp_path: Path) ->
         status, body, headers = await waiting
         assert (status, headers["Retry-After"]) == (503, "1")
         assert "shutting down" in body["error"]["message"]
-        assert pod.runtime.loading  # it isn't the load's end that let it go
+        assert pod.runtime.loading  # it is not the load's end that let it go
         pod.runtime.switches.load_gate.set()
         await stopping
 
@@ -225,7 +225,7 @@ async def test_pod_serves_known_models_while_the_store_is_away(tmp_path: Path, o
         await pod.echo("a")
         own_etcd.kill()
         assert await pod.echo("a") == b"hi"
-        # a model that isn't loaded is known too
+        # a model that is not loaded is known too
         assert await pod.echo("b", timeout=30) == b"hi"
         own_etcd.start()
 

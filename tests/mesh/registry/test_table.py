@@ -251,7 +251,7 @@ async def test_table_follows_a_store_that_lost_everything(own_etcd: EtcdServer) 
         await each.start()
     for _ in range(5):
         await other.update("m", one_more_ref)
-    # by its watch, which is the one that has to notice: a watch that lags behind the loss can't tell the two stores apart
+    # by its watch, which is the one that has to notice: a watch that lags behind the loss cannot tell the two stores apart
     await table.until("m", lambda record: record is not None and record.refs == 5)
     await other.close()
     own_etcd.wipe()

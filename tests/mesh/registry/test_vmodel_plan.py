@@ -120,7 +120,7 @@ def test_plans_keep_reference_counts(steps: list[tuple[object, ...]]) -> None:
 
 @given(wishes, st.booleans())
 def test_plan_keeps_the_active_model_until_the_target_is_loaded(request: VModelRequest, auto: bool) -> None:
-    """No gap: unless forced, a name with a loaded active model never points at one that isn't."""
+    """No gap: unless forced, a name with a loaded active model never points at one that is not."""
     active = ModelRecord(type="llm", path="active", refs=1, auto_delete=auto, instance_ids={"pod": 1})
     view = VModelView(
         VModelRecord(owner="x", active_id="active", target_id="active"), {"active": active, request.target_id: None}

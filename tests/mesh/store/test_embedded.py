@@ -97,7 +97,7 @@ async def test_embedded_opens_a_file_without_writing(tmp_path: Path) -> None:
 
 
 async def look(directory: str) -> None:
-    """With a file size limit of nothing, which stands for a full disk: what is there, then a leased key and one that can't be kept."""
+    """With a file size limit of nothing, which stands for a full disk: what is there, then a leased key and one that cannot be kept."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     store = EmbeddedStore(Path(directory))

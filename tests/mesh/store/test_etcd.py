@@ -407,7 +407,7 @@ async def test_calls_of_a_store_that_is_not_open_are_refused() -> None:
 
 @pytest.mark.skipif(
     tuple(int(part) for part in grpc.__version__.split(".")[:2]) < (1, 80),
-    reason="its TLS doesn't know the curve of etcd's own certificate",
+    reason="its TLS does not know the curve of etcd's own certificate",
 )
 async def test_connection_uses_tls(tmp_path: Path) -> None:
     server = EtcdServer(tmp_path, tls=True)
@@ -430,7 +430,7 @@ async def test_connection_uses_tls(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(
     tuple(int(part) for part in grpc.__version__.split(".")[:2]) < (1, 80),
-    reason="its TLS doesn't know the curve of etcd's own certificate",
+    reason="its TLS does not know the curve of etcd's own certificate",
 )
 async def test_etcd_store_follows_a_replaced_authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """etcd gets another certificate, and the file with its authority is replaced: no restart of the pod."""

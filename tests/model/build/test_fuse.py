@@ -66,7 +66,7 @@ class ExtraWeight(LlamaForCausalLM):
 
 
 class Particular(LlamaForCausalLM):
-    """Can't be made in another width than this."""
+    """Cannot be made in another width than this."""
 
     def __init__(self, config: LlamaConfig) -> None:
         if config.hidden_size % 96:

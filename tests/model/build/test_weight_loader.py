@@ -160,7 +160,7 @@ def test_weight_loader_names_a_file_of_another_format(tmp_path: Path, header: by
 def test_weight_loader_names_a_missing_file(tmp_path: Path) -> None:
     checkpoint = save(tiny("llama"), tmp_path)
     Path(checkpoint.weight_files[0]).unlink()
-    assert f"{checkpoint.weight_files[0]} can't be read: No such file" in refused(checkpoint)
+    assert f"{checkpoint.weight_files[0]} cannot be read: No such file" in refused(checkpoint)
 
 
 def test_weight_loader_fails_the_swap_in_of_a_file_that_shrank(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_unsupported_models_say_why(tmp_path: Path) -> None:
         ({"model_type": "mamba"}, "recurrent state"),
         ({"model_type": "bloom"}, "no attention hook"),
         ({"model_type": "t5"}, "not a causal language model"),
-        ({"model_type": "no such thing"}, "config.json can't be used"),
+        ({"model_type": "no such thing"}, "config.json cannot be used"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised in a format"),
     ]
     for changes, says in cases:
@@ -228,7 +228,7 @@ def test_unsupported_models_say_why(tmp_path: Path) -> None:
         message = refused(checkpoint)
         assert says in message, message
     config_file.unlink()
-    assert "config.json can't be used" in refused(checkpoint)
+    assert "config.json cannot be used" in refused(checkpoint)
 
 
 def test_end_tokens_and_context_limit(tmp_path: Path) -> None:

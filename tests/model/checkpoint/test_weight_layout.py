@@ -1,4 +1,4 @@
-"""A layout covers every tensor once, aligned and in layer order; joined matrices are views of neighbours; KV pages don't overlap."""
+"""A layout covers every tensor once, aligned and in layer order; joined matrices are views of neighbours; KV pages do not overlap."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""Matrices in oneDNN's order: the products of rows as they lie, in the same bytes, at every return; what can't be ordered stays in rows."""
+"""Matrices in oneDNN's order: the products of rows as they lie, in the same bytes, at every return; what cannot be ordered stays in rows."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
 def order() -> OneDnnLayout:
     found = OneDnnLayout.create()
     if found is None:
-        pytest.skip("this machine's torch doesn't order matrices")
+        pytest.skip("this machine's torch does not order matrices")
     return found
 
 

@@ -73,9 +73,9 @@ def test_backend_refuses_slab_smaller_than_block(tmp_path: Path) -> None:
         ({"vocab_size": -5}, "a vocabulary of -5"),
         ({"vocab_size": 2**40}, r"model m: tensor \S+ has shape"),
         ({"hidden_size": 2**40}, r"model m: "),
-        ({"num_attention_heads": 0}, r"model m: config\.json can't be used"),
-        ({"eos_token_id": [1, "a"]}, r"model m: config\.json can't be used"),
-        ({"model_type": ["llama"]}, r"model m: config\.json can't be used"),
+        ({"num_attention_heads": 0}, r"model m: config\.json cannot be used"),
+        ({"eos_token_id": [1, "a"]}, r"model m: config\.json cannot be used"),
+        ({"model_type": ["llama"]}, r"model m: config\.json cannot be used"),
     ],
 )
 def test_backend_refuses_invalid_configuration(tmp_path: Path, change: dict[str, object], named: str) -> None:

@@ -75,7 +75,7 @@ def state_of_a_gpu(config: EngineConfig, graphs: GraphPool) -> DeviceState:
 
 
 def use_the_gpus_twins(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
-    """Attention as a GPU's kernels have it, which are handed no pointer that the driver doesn't know: the CPU's own knows no padding."""
+    """Attention as a GPU's kernels have it, which are handed no pointer that the driver does not know: the CPU's own knows no padding."""
 
     def attend(
         host: Any,

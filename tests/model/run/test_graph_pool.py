@@ -57,7 +57,7 @@ def test_graph_pool_keeps_graphs_beside_a_model_that_cannot_be_captured(
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("a pointer that the driver doesn't know"), KeyError("x"), torch.OutOfMemoryError("no room")]
+    "error", [ValueError("a pointer that the driver does not know"), KeyError("x"), torch.OutOfMemoryError("no room")]
 )
 @pytest.mark.parametrize("fails_at", ["warmup", "capture"])
 @pytest.mark.parametrize("asked", ["by an idle turn", "by a step"])

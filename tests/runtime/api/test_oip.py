@@ -151,7 +151,7 @@ async def test_server_live_ready_and_metadata(services: Services) -> None:
 async def test_model_infer_refuses_unknown_models_and_versions(
     services: Services, name: str, version: str, code: grpc.StatusCode
 ) -> None:
-    """NOT_FOUND has a mesh load the model again: a version that isn't there must not."""
+    """NOT_FOUND has a mesh load the model again: a version that is not there must not."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await services.oip.ModelMetadata(pb.ModelMetadataRequest(name=name, version=version))
     assert caught.value.code() == code

@@ -112,8 +112,8 @@ async def test_chunks_of_a_call_that_is_cut_end_with_length(model: ServedModel) 
 
 
 async def test_chunks_without_a_call_end_with_stop(model: ServedModel) -> None:
-    choice = accumulated(await streamed(model, [(Refusal("I can't "),), (Refusal("do that."),)]))
-    assert (choice.finish_reason, choice.message.refusal) == ("stop", "I can't do that.")
+    choice = accumulated(await streamed(model, [(Refusal("I cannot "),), (Refusal("do that."),)]))
+    assert (choice.finish_reason, choice.message.refusal) == ("stop", "I cannot do that.")
 
 
 async def test_complete_joins_the_parts_that_a_stream_sends(model: ServedModel) -> None:

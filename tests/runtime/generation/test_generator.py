@@ -1,4 +1,4 @@
-"""Sequences and the generator: what comes out doesn't depend on how the engine's rows are cut; leaving, limits and failures free rows."""
+"""Sequences and the generator: what comes out does not depend on how the engine's rows are cut; leaving, limits and failures free rows."""
 
 import asyncio
 from collections.abc import AsyncIterator

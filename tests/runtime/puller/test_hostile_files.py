@@ -27,11 +27,11 @@ WHOLE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 8]}}, "whole numbers"),
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]}}, "whole numbers"),
         ({"a": WHOLE, "b": {**WHOLE, "data_offsets": [4, 12]}}, "over each other"),
-        ({"a": {**WHOLE, "dtype": "F4"}}, "can't be read"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 16]}}, "can't be read"),
+        ({"a": {**WHOLE, "dtype": "F4"}}, "cannot be read"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 16]}}, "cannot be read"),
         ({"a": WHOLE, "__metadata__": {"quantization": ["nf4"]}}, "not text"),
-        ({"a": WHOLE, "__metadata__": 5}, "can't be read"),
-        ([WHOLE], "can't be read"),
+        ({"a": WHOLE, "__metadata__": 5}, "cannot be read"),
+        ([WHOLE], "cannot be read"),
     ],
 )
 def test_read_header_refuses_misleading_headers(header: Any, named: str) -> None:
@@ -41,7 +41,7 @@ def test_read_header_refuses_misleading_headers(header: Any, named: str) -> None
 
 def test_inspect_refuses_deeply_nested_json(tmp_path: Path) -> None:
     deep = b'{"a":' + b"[" * 200_000
-    with pytest.raises(LoadFailed, match="can't be read"):
+    with pytest.raises(LoadFailed, match="cannot be read"):
         parse_header("m.safetensors", deep)
     tiny_llama(tmp_path / "m")
     (tmp_path / "m" / "config.json").write_bytes(deep)
@@ -78,5 +78,5 @@ def test_inspect_names_an_unknown_quantisation(tmp_path: Path, stored: object, n
 def test_inspect_names_unusable_paths(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for path in (str(tmp_path / "loop" / "m"), f"/{'a' * 5000}", f"/{'b/' * 3000}"):
-        with pytest.raises(LoadFailed, match=r"can't be used|no such file"):
+        with pytest.raises(LoadFailed, match=r"cannot be used|no such file"):
             locate(ModelSource(path), OPEN)

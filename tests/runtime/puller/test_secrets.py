@@ -136,9 +136,9 @@ def test_storage_credentials_stay_with_their_endpoint(tmp_path: Path, web: WebSe
     (tmp_path / "anywhere").write_text(json.dumps({"type": "http", "headers": {"Authorization": "Bearer K"}}))
     with pytest.raises(InvalidRequest, match="storage key 'anywhere' is without the url that its headers are for"):
         source_of(f"{web.url}/m", config, "anywhere")
-    with pytest.raises(InvalidRequest, match="can't change url of the default storage configuration"):
+    with pytest.raises(InvalidRequest, match="cannot change url of the default storage configuration"):
         source_of("m", config, type="http", url=web.url)
-    with pytest.raises(InvalidRequest, match="can't change endpoint_url of storage key 'minio'"):
+    with pytest.raises(InvalidRequest, match="cannot change endpoint_url of storage key 'minio'"):
         source_of("m", config, "minio", endpoint_url=web.url)
     with pytest.raises(InvalidRequest, match="storage key 'minio' is of type s3"):
         source_of("gs://b/m", config, "minio")

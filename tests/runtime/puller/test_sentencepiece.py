@@ -30,7 +30,7 @@ DIFFERENT = (
 
 
 def with_sentencepiece(folder: Path, kind: str) -> sentencepiece.SentencePieceProcessor:
-    """As Llama's own: no normalising, bytes for what it doesn't know."""
+    """As Llama's own: no normalising, bytes for what it does not know."""
     tiny_llama(folder)
     (folder / "tokenizer.json").unlink()
     chance = random.Random(1)
@@ -96,6 +96,6 @@ def test_convert_tokenizer_refuses_a_damaged_model(tmp_path: Path) -> None:
     with_sentencepiece(tmp_path / "m", "bpe")
     (tmp_path / "m" / "tokenizer.model").write_bytes(b"\x00 nothing of the kind")
     (tmp_path / "out").mkdir()
-    with pytest.raises(LoadFailed, match=r"the tokenizer can't be converted to tokenizer\.json"):
+    with pytest.raises(LoadFailed, match=r"the tokenizer cannot be converted to tokenizer\.json"):
         convert_tokenizer(tmp_path / "m", tmp_path / "out")
     assert not (tmp_path / "out" / "tokenizer.json").exists()

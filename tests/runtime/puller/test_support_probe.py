@@ -1,4 +1,4 @@
-"""What the engine can't run is refused by `fit` already, with the reason that a load would give; what it can run isn't."""
+"""What the engine cannot run is refused by `fit` already, with the reason that a load would give; what it can run is not."""
 
 import json
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def test_refusal_names_the_reason(tmp_path: Path) -> None:
     unknown = support_check.refusal(
         written(tmp_path, {"model_type": "quux", "architectures": ["QuuxForCausalLM"]}), None
     )
-    assert "config.json can't be used" in unknown
+    assert "config.json cannot be used" in unknown
 
 
 async def test_support_probe_runs_one_process_per_configuration(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ async def test_support_probe_runs_one_process_per_configuration(tmp_path: Path) 
     assert asked == [None]
     await preparation.refusal(look, ModelSettings(max_model_len=32))
     assert asked == [None, 32]
-    # a configuration that doesn't even tell its sizes is refused for what it is, not for a missing word
+    # a configuration that does not even tell its sizes is refused for what it is, not for a missing word
     written(mamba, MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64))
     with pytest.raises(LoadFailed, match="MambaForCausalLM is not supported"):
         await preparation.look(ModelSource(str(mamba), None, {}), settings, "cpu")

@@ -32,7 +32,7 @@ def test_tokenizer_panic_while_encoding_is_an_error_of_the_request(tmp_path: Pat
 
 def test_tokenizer_panic_while_reading_is_a_failed_load(tmp_path: Path) -> None:
     folder = rewritten(tmp_path, normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
-    with pytest.raises(LoadFailed, match=r"tokenizer\.json can't be read: .*precompiled_charsmap"):
+    with pytest.raises(LoadFailed, match=r"tokenizer\.json cannot be read: .*precompiled_charsmap"):
         load_text(folder, ModelSettings())
 
 

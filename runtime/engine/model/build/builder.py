@@ -95,7 +95,7 @@ def draw(
         error.model = model_id
         raise
     except Exception as error:
-        detail = f"{card.architecture} can't be built: {type(error).__name__}: {error}"
+        detail = f"{card.architecture} cannot be built: {type(error).__name__}: {error}"
         raise LoadFailed(detail, model=model_id) from error
 
 

@@ -164,7 +164,7 @@ class LogprobRows:
         first, end = int(shape.firsts[b]), int(shape.firsts[b + 1])
         return range(
             first, end - 1 if plan.samples[b] else end
-        )  # a chunk that isn't the last leaves its end to the next one's first token
+        )  # a chunk that is not the last leaves its end to the next one's first token
 
     @staticmethod
     def _given(plan: StepPlan, b: int) -> list[int]:

@@ -211,12 +211,12 @@ def test_inspect_adapter_refuses_truncated_and_pickled_files(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("header", "named"),
     [
-        (b'{"a": [' * 40_000, r"its header can't be read \((RecursionError|JSONDecodeError)\)"),
-        (b"[]", "its header can't be read"),
+        (b'{"a": [' * 40_000, r"its header cannot be read \((RecursionError|JSONDecodeError)\)"),
+        (b"[]", "its header cannot be read"),
         (b'{"a": {"dtype": "F32", "shape": [8, 48], "data_offsets": [0, 99]}}', "has 99 bytes, its shape needs 1536"),
         (b'{"a": {"dtype": "F32", "shape": [-8, -48], "data_offsets": [0, 1536]}}', "not whole numbers from 0 on"),
         (b'{"a": {"dtype": "F32", "shape": [1e9, 1e9], "data_offsets": [0, 8]}}', "not whole numbers from 0 on"),
-        (b'{"a": {"dtype": "F1", "shape": [8], "data_offsets": [0, 8]}}', r"its header can't be read \(KeyError\)"),
+        (b'{"a": {"dtype": "F1", "shape": [8], "data_offsets": [0, 8]}}', r"its header cannot be read \(KeyError\)"),
     ],
 )
 def test_inspect_adapter_refuses_damaged_headers(header: bytes, named: str, tmp_path: Path) -> None:

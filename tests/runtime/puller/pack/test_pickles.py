@@ -58,7 +58,7 @@ def of_another_shape(state: State) -> None:
     [
         (without, f"has missing tensors for LlamaForCausalLM: {UP}"),
         (besides, "has unexpected tensors for LlamaForCausalLM: model.layers.1.mlp.sideways.weight"),
-        (of_another_shape, "can't be read"),
+        (of_another_shape, "cannot be read"),
     ],
 )
 def test_pack_refuses_a_pickled_checkpoint_with_other_tensors(

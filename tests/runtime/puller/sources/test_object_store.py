@@ -121,7 +121,7 @@ async def test_object_store_resumes_an_abandoned_pull(
             raise ConnectionAbortedError
 
     stores.before_read = breaks
-    with pytest.raises(LoadFailed, match="can't be read"):
+    with pytest.raises(LoadFailed, match="cannot be read"):
         await preparation.prepare(source, ModelSettings(), "cpu", lambda progress: None)
     stores.before_read = lambda: None
     stores.log.clear()
@@ -151,7 +151,7 @@ async def test_object_store_never_mixes_two_versions_of_an_object(
                 stores.objects[name] += b" "
 
     stores.before_read = replace
-    with pytest.raises(LoadFailed, match=r"tokenizer\.json (can't be read|is not valid JSON)"):
+    with pytest.raises(LoadFailed, match=r"tokenizer\.json (cannot be read|is not valid JSON)"):
         await preparation.prepare(place(kind, "models/org/tiny", stores), ModelSettings(), "cpu", lambda progress: None)
 
 
@@ -234,7 +234,7 @@ async def test_object_store_keeps_pulled_models_while_it_is_unreachable(
     await pull(preparation, source, tmp_path)
     stores.close()
     await pull(preparation, source, tmp_path)
-    with pytest.raises(LoadFailed, match="can't be listed") as caught:
+    with pytest.raises(LoadFailed, match="cannot be listed") as caught:
         await preparation.prepare(
             place(kind, "models/org/other", stores, **options), ModelSettings(), "cpu", lambda progress: None
         )

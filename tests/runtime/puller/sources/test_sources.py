@@ -106,7 +106,7 @@ async def test_preparer_keeps_pulled_models_of_an_unreachable_source(tmp_path: P
     web.close()
     again = await preparation.prepare(ModelSource(f"{web.url}/m"), ModelSettings(), "cpu", lambda progress: None)
     assert again.checkpoint == first.checkpoint
-    with pytest.raises(LoadFailed, match="can't be reached"):
+    with pytest.raises(LoadFailed, match="cannot be reached"):
         await preparation.prepare(ModelSource(f"{web.url}/other"), ModelSettings(), "cpu", lambda progress: None)
     preparation.close()
 
@@ -196,7 +196,7 @@ def test_web_source_errors_hold_no_secrets(web: WebServer) -> None:
         ).listing(job())
     assert "SECRET" not in str(caught.value)
     assert "WRONG" not in str(caught.value)
-    with pytest.raises(LoadFailed, match="can't be reached"):
+    with pytest.raises(LoadFailed, match="cannot be reached"):
         source_of("http://127.0.0.1:1/m").listing(job())
 
 
@@ -264,7 +264,7 @@ def test_hub_source_lists_and_fetches(web: WebServer, tmp_path: Path, monkeypatc
     assert [file.name for file in listing.files] == ["model.safetensors", "config.json"]
     source.fetch(listing.files[0], tmp_path / "w", job(), lambda count: None)
     assert (tmp_path / "w").read_bytes() == data
-    with pytest.raises(LoadFailed, match=r"no such repository|can't be used|can't be reached"):
+    with pytest.raises(LoadFailed, match=r"no such repository|cannot be used|cannot be reached"):
         HubSource("org/absent", "hub-token", allow_pickle=False, destinations=ANYWHERE).listing(job())
     for bad in ("onlyname", "a/b/c/d", "a/", "a/b:"):
         with pytest.raises(InvalidRequest):

@@ -1,4 +1,4 @@
-"""Sources that don't answer: what was listed of a place before still holds for that place, and for no other."""
+"""Sources that do not answer: what was listed of a place before still holds for that place, and for no other."""
 
 import json
 from collections.abc import Iterator
@@ -80,7 +80,7 @@ async def test_preparer_keeps_pulled_models_of_a_failing_hub(
 
 @pytest.mark.parametrize(
     ("status", "code", "words"),
-    [(403, "GatedRepo", "private or gated"), (401, "", "refuses access"), (400, "", "can't be used")],
+    [(403, "GatedRepo", "private or gated"), (401, "", "refuses access"), (400, "", "cannot be used")],
 )
 def test_hub_source_refusal_is_not_unreachable(
     web: WebServer, monkeypatch: pytest.MonkeyPatch, status: int, code: str, words: str

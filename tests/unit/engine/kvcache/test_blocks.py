@@ -78,7 +78,7 @@ def test_blocks_are_never_shared_unasked_and_all_come_back(
         elif rng.random() < 0.2:
             cache.forget()
             known = {}
-        # what was evicted silently can't be found any more
+        # what was evicted silently cannot be found any more
         known = {d: p for d, p in known.items() if cache.match([d])}
         cache.check()
         pool.check()
