@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -235,6 +236,17 @@ async def test_generate_refuses_system_beside_raw(client: ollama.AsyncClient) ->
     with pytest.raises(ollama.ResponseError, match="raw mode does not support system") as caught:
         await client.generate(model="m1", prompt="a", raw=True, system="b")
     assert caught.value.status_code == 400
+
+
+async def test_generate_notes_a_system_that_a_model_has_no_place_for(tmp_path: Path) -> None:
+    base = served(tiny.byte_level(tmp_path / "base"), "base", max_model_len=2000)
+    async with serve(ScriptedEngine(lambda asked: []), base) as server, aiohttp.ClientSession() as http:
+        say(server, TEXT)
+        body = {"model": "base", "prompt": "a", "stream": False}
+        async with http.post(f"{server.url}/api/generate", json=body) as answer:
+            assert (answer.status, "Warning" in answer.headers) == (200, False)
+        async with http.post(f"{server.url}/api/generate", json={**body, "system": "b"}) as answer:
+            assert "system has no effect" in answer.headers["Warning"]
 
 
 async def test_unknown_options_are_noted(server: Server) -> None:
