@@ -239,7 +239,7 @@ async def test_generate_refuses_system_beside_raw(client: ollama.AsyncClient) ->
 
 
 async def test_generate_notes_a_system_that_a_model_has_no_place_for(tmp_path: Path) -> None:
-    base = served(tiny.byte_level(tmp_path / "base"), "base", max_model_len=2000)
+    base = served(tiny.byte_level(tmp_path / "base", chat_template=None), "base", max_model_len=2000)
     async with serve(ScriptedEngine(lambda asked: []), base) as server, aiohttp.ClientSession() as http:
         say(server, TEXT)
         body = {"model": "base", "prompt": "a", "stream": False}
