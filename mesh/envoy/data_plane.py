@@ -91,6 +91,10 @@ class DataPlane:
         self._changes.notify()
 
     async def run(self) -> None:
+        if (before := await self._stats.figures()) is not None:
+            # An Envoy that ran before this process has calls that an earlier one counted.
+            self._started = {stat: figures.started for stat, figures in before.clusters.items()}
+            self._key_calls = before.keys
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._follow())
             tasks.create_task(self._list())

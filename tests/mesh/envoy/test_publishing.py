@@ -1,6 +1,7 @@
 """What DataPlane publishes, without an Envoy."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import cast
@@ -10,9 +11,9 @@ import pytest
 from common.changes import Changes
 from common.model_key import CopySettings
 from mesh.envoy.data_plane import DataPlane
-from mesh.envoy.interfaces import EnvoyFigures
+from mesh.envoy.interfaces import ClusterFigures, EnvoyFigures, KeyCalls
 from mesh.envoy.name_table import Names
-from mesh.envoy.plan import CarriedName, Carrier, Cluster, Here
+from mesh.envoy.plan import CarriedName, Carrier, Cluster, Here, plan_clusters
 from mesh.envoy.view import CarriedNames
 from mesh.observability.metrics import Metrics
 from mesh.placement.copies import LocalCopies
@@ -39,20 +40,42 @@ class FakeControl:
 
 
 class FakeStats:
+    def __init__(self) -> None:
+        self.current = EnvoyFigures({}, {})
+        self.num_questions = 0
+
     async def figures(self) -> EnvoyFigures:
-        return EnvoyFigures({}, {})
+        self.num_questions += 1
+        return self.current
+
+
+class CountingMetrics(Metrics):
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_model = Counter[str]()
+        self.by_key = Counter[str]()
+
+    def carried(self, model_id: str, carrier: str, count: int) -> None:
+        self.by_model[model_id] += count
+
+    def carried_by_key(self, key: str, carrier: str, code: str, count: int) -> None:
+        self.by_key[key] += count
 
 
 def data_plane_of(
-    carried: list[CarriedName], control: FakeControl, write_files: Callable[[int, Names], None]
+    carried: list[CarriedName],
+    control: FakeControl,
+    write_files: Callable[[int, Names], None],
+    stats: FakeStats | None = None,
+    metrics: Metrics | None = None,
 ) -> DataPlane:
     changes = Changes()
     data_plane = DataPlane(
         cast("CarriedNames", SimpleNamespace(list=lambda: carried, limit=0)),
         LocalCopies(changes, lambda _: CopySettings()),
         changes,
-        Metrics(),
-        FakeStats(),
+        metrics or Metrics(),
+        stats or FakeStats(),
         here=lambda: HERE,
         is_ready=lambda: True,
         write_files=write_files,
@@ -88,4 +111,21 @@ async def test_names_are_listed_once_envoy_has_their_clusters() -> None:
     await until(lambda: listed[-1] == ("m", "n"))
     del carried[1]
     await until(lambda: listed[-1] == ("m",))
+    running.cancel()
+
+
+async def test_calls_that_envoy_carried_before_the_mesh_started_are_not_counted_again() -> None:
+    stats, metrics = FakeStats(), CountingMetrics()
+    carried = [CarriedName("m", "m", Carrier.GRPC, 0.0)]
+    call = KeyCalls("key", Carrier.GRPC, "OK")
+    stat = plan_clusters(carried, HERE)["grpc/m"].stat_name
+
+    def carry(calls: int) -> None:
+        stats.current = EnvoyFigures({stat: ClusterFigures(started=calls)}, {call: calls})
+
+    carry(1000)
+    running = asyncio.create_task(data_plane_of(carried, FakeControl(), lambda *_: None, stats, metrics).run())
+    await until(lambda: stats.num_questions == 1)
+    carry(1003)
+    await until(lambda: metrics.by_model["m"] == metrics.by_key["key"] == 3)
     running.cancel()
