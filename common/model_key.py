@@ -77,7 +77,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     ] = DefaultSampling()
     tensor_parallel: Annotated[
         Annotated[int, Meta(ge=1, le=64)] | Literal["auto"],
-        Meta(description="number of GPUs that share the model; auto = the smallest group of GPUs in which it fits"),
+        Meta(description="GPUs that share the model; auto = the smallest group in which it fits"),
     ] = "auto"
     adapter_of: Annotated[
         _Name | None, Meta(description="name of the base model: the files are a LoRA adapter of it")

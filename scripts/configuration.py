@@ -25,21 +25,31 @@ A flag overrides an environment variable, which overrides the YAML file, which o
 
 | program | flags | environment | file |
 | --- | --- | --- | --- |
-| `repertory serve` | first table | `REPERTORY_<FLAG>`, and `REPERTORY_<FIELD>` of any field below | `--config FILE` with sections `mesh:` and `runtime:`, each with any field of its table |
-| `repertory serve-mesh` | `--<field>` (without `-bytes`, `-s`) | `REPERTORY_<FIELD>` | `--config FILE`, the fields of the mesh |
-| `repertory serve-runtime` | the same, engine's fields included | `REPERTORY_<FIELD>` | `--config FILE`, the fields of the runtime, the engine's under `engine:` |
+| `repertory serve` | first table | `REPERTORY_<FLAG>`, and `REPERTORY_<FIELD>` of any field below | sections `mesh:` and `runtime:` |
+| `repertory serve-mesh` | `--<field>` (without `-bytes`, `-s`) | `REPERTORY_<FIELD>` | the fields of the mesh |
+| `repertory serve-runtime` | the same, the engine's fields included | `REPERTORY_<FIELD>` | the fields of the runtime, the engine's under `engine:` |
+
+`--config FILE` names the file. The sections of the file of `serve` each take any field of their table.
 
 A `REPERTORY_…` variable that sets nothing is named in a warning at the start. `serve` itself sets `listen`, `runtime_grpc` and `runtime_http`.
 
 Secrets never go into a registration: `HF_TOKEN` and the cloud libraries' own variables belong to the runtime's environment, other stores' keys into files of
 `storage_config_dir` (ModelMesh's `storage-config` secret, one JSON object per file), named by `--storage-key` at registration.
 
-| store | install | keys of its file, or `storage_params` | without any |
-| --- | --- | --- | --- |
-| `s3://BUCKET/PATH` | `repertory[s3]` | `access_key_id`, `secret_access_key`, `region`, `endpoint_url`, `certificate` (PEM) or `ca_bundle` (a file) or `verify_ssl`, `anonymous` | boto3's own chain |
-| `gs://BUCKET/PATH` | `repertory[gcs]` | those of a service account's key file; `endpoint_url`, `anonymous` | the machine's credentials, or public buckets |
-| `az://ACCOUNT/CONTAINER/PATH` | `repertory[azure]` | `connection_string`, or `account_key`, `sas_token`, or `tenant_id`, `client_id`, `client_secret`, or `managed_identity`; `endpoint_url`, `anonymous` | the identity that the environment names, or public containers |
-| `http(s)://…` | | `headers` (a JSON object) and their `url`, `certificate`, `client_certificate`, `client_key` (PEM) | |
+| store | install | credentials without a file |
+| --- | --- | --- |
+| `s3://BUCKET/PATH` | `repertory[s3]` | boto3's own chain |
+| `gs://BUCKET/PATH` | `repertory[gcs]` | the machine's credentials, or public buckets |
+| `az://ACCOUNT/CONTAINER/PATH` | `repertory[azure]` | the identity that the environment names, or public containers |
+| `http(s)://…` | | |
+
+The keys of a store's file, or of `storage_params`:
+
+- `s3`: `access_key_id`, `secret_access_key`, `region`, `endpoint_url`, `anonymous`, and `certificate` (PEM) or `ca_bundle` (a file) or `verify_ssl`
+- `gs`: those of a service account's key file; `endpoint_url`, `anonymous`
+- `az`: `connection_string`, or `account_key`, `sas_token`, or `tenant_id`, `client_id`, `client_secret`, or `managed_identity`; `endpoint_url`,
+  `anonymous`
+- `http(s)`: `headers` (a JSON object) and their `url`, `certificate`, `client_certificate`, `client_key` (PEM)
 
 A registration's `storage_params` override the file, except for the fields that decide where its credentials are sent (`url`, `endpoint_url`,
 `token_uri`, `verify_ssl`, `ca_bundle`). A file with `headers` must name the `url` of the site that receives them. The machine's own identity at

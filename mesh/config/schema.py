@@ -38,8 +38,8 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
     envoy: Annotated[
         str,
         _about(
-            "let Envoy carry the calls of loaded models: auto = the installed program, a path = that program, "
-            "external = one that is started elsewhere with the files in envoy_dir; empty = the mesh carries all calls",
+            "Envoy for loaded models' calls: auto = the installed one, or its path; "
+            "external = started elsewhere with the files in envoy_dir; empty = none",
             extra={BARE_FLAG: "auto"},
         ),
     ] = ""

@@ -96,7 +96,8 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True):
     gpu_groups: Annotated[
         tuple[Annotated[int, msgspec.Meta(gt=0, le=64)], ...],
         _about(
-            "sizes of the groups of GPUs, such as 2,1,1, from `device` on, with one engine each; on a CPU groups of processes; empty = all visible GPUs in groups of tensor_parallel"
+            "GPUs (CPU: processes) of each group from `device` on, such as 2,1,1, one engine each; "
+            "empty = all visible, in groups of tensor_parallel"
         ),
     ] = ()
     cache_dir: Annotated[str, _about("directory of pulled and packed files; empty = $XDG_CACHE_HOME/repertory")] = ""
