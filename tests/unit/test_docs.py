@@ -1,6 +1,10 @@
-"""The pages in docs/: every link leads somewhere, the index names every page, and the commands that they show exist."""
+"""The pages in docs/: every link leads somewhere, the index names every page, and the commands that they show exist.
+
+A table of any tracked Markdown file has at most `TABLE_COLUMNS` columns of text.
+"""
 
 import re
+import subprocess
 from pathlib import Path
 
 import msgspec
@@ -15,6 +19,7 @@ from runtime.api.openai_responses.types import ResponsesBody
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+TABLE_COLUMNS = 160
 LINK = re.compile(r"\[[^\]]+\]\(([^)#\s]*)(#[^)\s]*)?\)")
 
 
@@ -34,6 +39,17 @@ def test_links_of_a_page_lead_somewhere(page: Path) -> None:
         assert found.exists(), f"{page.name} links to {target}"
         if anchor and found.suffix == ".md":
             assert anchor[1:] in headings(found), f"{page.name} links to {target}{anchor}"
+
+
+def test_tables_stay_under_160_columns() -> None:
+    tracked = subprocess.run(["git", "ls-files", "-z", "*.md"], cwd=ROOT, check=True, capture_output=True, text=True)
+    too_long = [
+        f"{name}:{number} has {len(line)}"
+        for name in tracked.stdout.split("\0")[:-1]
+        for number, line in enumerate((ROOT / name).read_text().splitlines(), start=1)
+        if line.lstrip().startswith("|") and len(line) > TABLE_COLUMNS
+    ]
+    assert too_long == []
 
 
 def test_index_names_every_page() -> None:
