@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
 
+from common.model_fit import ModelFit
 from common.model_state import CopyState, DeviceFigures, ModelState, Tier
 
 
@@ -140,28 +141,6 @@ class LoadAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class FitAnswer:
-    fits: bool
-    reason: str
-    weight_bytes: int
-    kv_bytes_per_token: int
-    min_kv_bytes: int
-    workspace_bytes: int
-    capacity_bytes: int
-    evicts: tuple[str, ...] = ()
-    max_model_len: int = 0
-    wanted_model_len: int = 0
-    quantization: str = ""
-    architecture: str = ""
-    num_parameters: int = 0
-    exact: bool = False
-    unpacked_blocks: str = ""
-    stored_bytes: int = 0
-    nf4_weight_bytes: int = 0
-    num_devices: int = 1
-
-
-@dataclass(frozen=True, slots=True)
 class CachedFiles:
     """An entry of a runtime's disk cache. `kind` is pulled, packed or partial; `uri` is its source, empty if unknown."""
 
@@ -190,7 +169,7 @@ class RuntimeClient(Protocol):
 
     async def predict_size(self, model_id: str, info: ModelInfo) -> int | None: ...
 
-    async def fit(self, model_id: str, info: ModelInfo, *, sizes_only: bool = False) -> FitAnswer:
+    async def fit(self, model_id: str, info: ModelInfo, *, sizes_only: bool = False) -> ModelFit:
         """Estimate a load. Unless `sizes_only`, check that the engine can run the model, which may take seconds."""
 
     async def list_files(self) -> tuple[int, list[CachedFiles]]:

@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass
 
 from common.clock import epoch_ms
+from common.model_fit import ModelFit
 from mesh.access.caller import current_caller
 from mesh.errors import InvalidRequest, MeshError, NotFound
 from mesh.placement.model_states import ModelStates
@@ -12,7 +13,7 @@ from mesh.placement.placement import Placement
 from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.registry.registration import base_of
 from mesh.registry.registry import Registry
-from mesh.types import FitAnswer, ModelInfo, ModelStatus, RuntimeClient
+from mesh.types import ModelInfo, ModelStatus, RuntimeClient
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class Registration:
     """A registered name's concrete id, and what the model needs, None if the runtime did not answer in time."""
 
     model_id: str
-    fit: FitAnswer | None
+    fit: ModelFit | None
 
 
 class Registrar:
@@ -74,7 +75,7 @@ class Registrar:
     def is_loaded(self, model_id: str) -> bool:
         return self._states.status(model_id).status is ModelStatus.LOADED
 
-    async def _check_loadable(self, info: ModelInfo) -> FitAnswer | None:
+    async def _check_loadable(self, info: ModelInfo) -> ModelFit | None:
         """Return what the model needs, None if the runtime cannot say so within a few seconds. Raises InvalidRequest for settings that it refuses.
 
         Missing files and a full memory do not count: they may change until the model is loaded.

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import msgspec
 
+from common.model_fit import ModelFit
 from mesh.cli import chat, registering, render, settings_flags
 from mesh.cli.chat_settings import ChatSettings, number
-from mesh.client.admin import AdminClient, Fit, Model
+from mesh.client.admin import AdminClient, Model
 from mesh.errors import InvalidRequest, LoadFailed, MeshError, NotFound
 
 _FINAL_STATES = ("loaded", "failed", "quarantined")
@@ -52,7 +53,7 @@ def fit(client: AdminClient, args: argparse.Namespace) -> int:
     return 0 if answer.fits else 1
 
 
-def _fit(client: AdminClient, name_or_uri: str, settings: dict[str, object]) -> Fit:
+def _fit(client: AdminClient, name_or_uri: str, settings: dict[str, object]) -> ModelFit:
     """Inspect a source, or a registered name, which comes before a file of the same name in the current directory."""
     if "://" in name_or_uri or name_or_uri.startswith(("/", "./", "../")):
         return client.fit({"uri": _absolute(name_or_uri), **settings})

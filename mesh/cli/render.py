@@ -10,8 +10,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from common.model_fit import ModelFit
 from mesh.cli.columns import Column, lines
-from mesh.client.admin import Copy, Fit, Model, Pod
+from mesh.client.admin import Copy, Model, Pod
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _COLOURS = {"loaded": "green", "failed": "red", "quarantined": "red", "not loaded": "dim"}
@@ -194,7 +195,7 @@ def _shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def show_fit(console: Console, name: str, fit: Fit) -> None:
+def show_fit(console: Console, name: str, fit: ModelFit) -> None:
     """Print what a model needs, what the pod has, and whether the model fits."""
     context = context_of(fit.max_model_len, fit.wanted_model_len, unit="") or "0"
     kv = f"{size(fit.min_kv_bytes) or '0'} at least ({size(fit.kv_bytes_per_token)} per token, context {context})"
@@ -220,7 +221,7 @@ def show_fit(console: Console, name: str, fit: Fit) -> None:
     console.print(f"  {verdict}{evicts}{': ' + fit.reason if fit.reason else ''}")
 
 
-def unpacking_of(name: str, fit: Fit) -> str:
+def unpacking_of(name: str, fit: ModelFit) -> str:
     """Return a sentence on what the blocks of a GGUF file take once they are loaded; empty for other files."""
     if not fit.unpacked_blocks:
         return ""

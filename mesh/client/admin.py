@@ -9,6 +9,7 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
+from common.model_fit import ModelFit
 from common.model_state import DeviceFigures, ModelState
 from mesh.errors import InvalidRequest, MeshError, Unavailable
 
@@ -24,33 +25,6 @@ class Copy(ModelState, frozen=True, kw_only=True, omit_defaults=False):
 
     instance_id: str = ""
     status: str = ""
-
-
-class Fit(msgspec.Struct, frozen=True):
-    """The answer of `/admin/v1/fit`. Sizes are in bytes.
-
-    `unpacked_blocks`: the type of a GGUF file's blocks, which take `stored_bytes` in the file and `weight_bytes` once they are loaded;
-    `nf4_weight_bytes` if they were quantised to NF4.
-    """
-
-    fits: bool
-    reason: str = ""
-    weight_bytes: int = 0
-    kv_bytes_per_token: int = 0
-    min_kv_bytes: int = 0
-    workspace_bytes: int = 0
-    capacity_bytes: int = 0
-    evicts: list[str] = []
-    max_model_len: int = 0  # what a load would have
-    wanted_model_len: int = 0  # what was asked for
-    quantization: str = ""
-    architecture: str = ""
-    num_parameters: int = 0
-    exact: bool = False
-    unpacked_blocks: str = ""
-    stored_bytes: int = 0
-    nf4_weight_bytes: int = 0
-    num_devices: int = 1  # that would share the model; the other sizes are those on each
 
 
 class Model(msgspec.Struct, frozen=True):
@@ -81,7 +55,7 @@ class Model(msgspec.Struct, frozen=True):
     moving_to: str = ""
     aliases: list[str] = []
     alias_of: str = ""
-    fit: Fit | None = None
+    fit: ModelFit | None = None
 
 
 class Models(msgspec.Struct, frozen=True):
@@ -173,8 +147,8 @@ class AdminClient:
     def remove(self, name: str) -> None:
         self.call("DELETE", f"/admin/v1/models/{quote(name, safe='')}")
 
-    def fit(self, request: dict[str, object]) -> Fit:
-        return self._decode(self.call("POST", "/admin/v1/fit", request), Fit)
+    def fit(self, request: dict[str, object]) -> ModelFit:
+        return self._decode(self.call("POST", "/admin/v1/fit", request), ModelFit)
 
     def cache(self) -> CacheListing:
         return self._decode(self.call("GET", "/admin/v1/cache"), CacheListing)

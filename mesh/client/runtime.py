@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 import grpc
 import grpc.aio
 
+from common.model_fit import ModelFit
 from common.unload_headers import GRACE_HEADER, RETRY_HEADER
 from mesh.client.runtime_state import RuntimeWatch, fit_answer
 from mesh.errors import (
@@ -24,7 +25,7 @@ from mesh.errors import (
     Overloaded,
     Unavailable,
 )
-from mesh.types import CachedFiles, FitAnswer, LoadAnswer, ModelInfo, RuntimeLimits, RuntimeSnapshot
+from mesh.types import CachedFiles, LoadAnswer, ModelInfo, RuntimeLimits, RuntimeSnapshot
 from wire.mmesh import model_runtime_pb2 as pb
 from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeStub
 from wire.repertory import runtime_pb2 as state_pb
@@ -139,7 +140,7 @@ class GrpcRuntime:
             self._predicts = error.code() is not grpc.StatusCode.UNIMPLEMENTED
             return None
 
-    async def fit(self, model_id: str, info: ModelInfo, *, sizes_only: bool = False) -> FitAnswer:
+    async def fit(self, model_id: str, info: ModelInfo, *, sizes_only: bool = False) -> ModelFit:
         """Raises NotSupported for a foreign runtime, InvalidRequest, LoadFailed (files missing or unsupported), Unavailable, DeadlineExceeded."""
         try:
             request = state_pb.FitRequest(

@@ -15,8 +15,9 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest, ServerReflectionResponse
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 
+from common.model_fit import ModelFit
 from common.model_state import CopyState, DeviceFigures, ModelState, Tier
-from mesh.types import FitAnswer, RuntimeSnapshot
+from mesh.types import RuntimeSnapshot
 from wire.repertory import runtime_pb2 as pb
 from wire.repertory.runtime_pb2_grpc import RuntimeStateStub
 
@@ -176,24 +177,7 @@ def _model(model: pb.ModelState) -> ModelState:
     )
 
 
-def fit_answer(answer: pb.FitResponse) -> FitAnswer:
-    return FitAnswer(
-        fits=answer.fits,
-        reason=answer.reason,
-        weight_bytes=answer.weight_bytes,
-        kv_bytes_per_token=answer.kv_bytes_per_token,
-        min_kv_bytes=answer.min_kv_bytes,
-        workspace_bytes=answer.workspace_bytes,
-        capacity_bytes=answer.capacity_bytes,
-        evicts=tuple(answer.evicts),
-        max_model_len=answer.max_model_len,
-        wanted_model_len=answer.wanted_model_len,
-        quantization=answer.quantization,
-        architecture=answer.architecture,
-        num_parameters=answer.num_parameters,
-        exact=answer.exact,
-        unpacked_blocks=answer.unpacked_blocks,
-        stored_bytes=answer.stored_bytes,
-        nf4_weight_bytes=answer.nf4_weight_bytes,
-        num_devices=answer.num_devices or 1,
-    )
+def fit_answer(answer: pb.FitResponse) -> ModelFit:
+    """Return what a runtime predicts. An older runtime does not report `num_devices`."""
+    fields = {name: getattr(answer, name) for name in ModelFit.__struct_fields__}
+    return ModelFit(**{**fields, "evicts": tuple(answer.evicts), "num_devices": answer.num_devices or 1})

@@ -8,9 +8,10 @@ from urllib.parse import unquote
 
 import msgspec
 
+from common.model_fit import ModelFit
 from common.model_state import CopyState, Tier
 from common.units import GIB, MIB
-from mesh.client.admin import CacheEntry, CacheListing, Copy, Dropped, Fit, Model, Models, Pod, PodCache, Pods
+from mesh.client.admin import CacheEntry, CacheListing, Copy, Dropped, Model, Models, Pod, PodCache, Pods
 from tests.support.http_server import HttpServer
 
 Answer = tuple[int, bytes]
@@ -25,7 +26,7 @@ class AdminServer(HttpServer):
     def __init__(self, models: list[Model], pods: list[Pod] | None = None) -> None:
         self.models = {model.name: model for model in models}
         self.pods = pods or []
-        self.fit = Fit(True)
+        self.fit = ModelFit(True)
         self.cache = CacheListing()
         self.words = ["The ", "capital ", "is ", "Paris."]
         self.pause_s = 0.0
@@ -66,7 +67,7 @@ class AdminServer(HttpServer):
             return 204, b""
         return 200, msgspec.json.encode(self.models[name])
 
-    def gguf_fit(self) -> Fit:
+    def gguf_fit(self) -> ModelFit:
         """Return `fit` as that of a file of 4-bit blocks."""
         return msgspec.structs.replace(
             self.fit,

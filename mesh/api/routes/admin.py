@@ -9,18 +9,19 @@ import msgspec
 from aiohttp import web
 
 from common.clock import epoch_ms
+from common.model_fit import ModelFit
 from mesh.api.http_body import decode, read_body
 from mesh.api.model_view import ModelViews
 from mesh.api.registrar import Registrar
 from mesh.api.request_log import Record
-from mesh.client.admin import Fit, Models, Pod, Pods
+from mesh.client.admin import Models, Pod, Pods
 from mesh.errors import InvalidRequest, NotFound, NotSupported
 from mesh.placement.model_states import ModelStates
 from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.registry.records import CAPACITY_UNIT_BYTES
 from mesh.registry.registration import DEFAULT_TYPE, concrete_id, model_info, with_settings
 from mesh.registry.registry import Registry
-from mesh.types import FitAnswer, ModelInfo, RuntimeClient
+from mesh.types import ModelInfo, RuntimeClient
 
 _BODY_BYTES = 1024 * 1024
 
@@ -89,7 +90,7 @@ class AdminRoutes:
         info = model_info(asked.name, asked.uri, _settings(body, _Register), model_type=asked.type)
         registration = await self._registrar.register(asked.name, info, load=asked.load)
         Record.of(request).model_id = registration.model_id
-        fit = self._fit_view(registration.fit, ()) if registration.fit is not None else None
+        fit = self._named(registration.fit) if registration.fit is not None else None
         return _json(msgspec.structs.replace(await self._views.one(asked.name), fit=fit))
 
     async def remove(self, request: web.Request) -> web.Response:
@@ -120,7 +121,7 @@ class AdminRoutes:
             unloaded = self._states.would_unload(
                 model_id, await self._runtime.predict_size(model_id, info) or answer.weight_bytes
             )
-        return _json(self._fit_view(answer, unloaded))
+        return _json(self._named(answer, unloaded))
 
     async def set_alias(self, request: web.Request) -> web.Response:
         asked = decode(await read_body(request, _BODY_BYTES), _Alias)
@@ -184,27 +185,10 @@ class AdminRoutes:
             raise NotFound(f"model {name!r} not found")
         return model_id, record.info
 
-    def _fit_view(self, answer: FitAnswer, unloaded: tuple[str, ...]) -> Fit:
-        return Fit(
-            fits=answer.fits,
-            reason=answer.reason,
-            weight_bytes=answer.weight_bytes,
-            kv_bytes_per_token=answer.kv_bytes_per_token,
-            min_kv_bytes=answer.min_kv_bytes,
-            workspace_bytes=answer.workspace_bytes,
-            capacity_bytes=answer.capacity_bytes,
-            evicts=[self._registry.name_of(model_id) for model_id in dict.fromkeys((*unloaded, *answer.evicts))],
-            max_model_len=answer.max_model_len,
-            wanted_model_len=answer.wanted_model_len,
-            quantization=answer.quantization,
-            architecture=answer.architecture,
-            num_parameters=answer.num_parameters,
-            exact=answer.exact,
-            unpacked_blocks=answer.unpacked_blocks,
-            stored_bytes=answer.stored_bytes,
-            nf4_weight_bytes=answer.nf4_weight_bytes,
-            num_devices=answer.num_devices,
-        )
+    def _named(self, fit: ModelFit, unloaded: tuple[str, ...] = ()) -> ModelFit:
+        """Return a runtime's prediction with the names of the models that it would evict, after those of `unloaded`."""
+        evicts = tuple(self._registry.name_of(model_id) for model_id in dict.fromkeys((*unloaded, *fit.evicts)))
+        return msgspec.structs.replace(fit, evicts=evicts)
 
 
 def _settings(body: bytes, besides: type[msgspec.Struct]) -> dict[str, Any]:

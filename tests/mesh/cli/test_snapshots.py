@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from common.model_fit import ModelFit
 from common.units import GIB, MIB
 from mesh.cli.main import VERBS as ALL_VERBS
-from mesh.client.admin import Fit
 from tests.support.admin_server import AdminServer, sample_cache, sample_caches, sample_models, sample_pods
 from tests.support.terminal import Screen, run_in_terminal
 
@@ -52,14 +52,17 @@ VERBS = {
 def server() -> Iterator[AdminServer]:
     made = AdminServer(sample_models(), sample_pods())
     made.cache = sample_cache()
-    made.fit = Fit(
+    made.fit = ModelFit(
         True,
         weight_bytes=5 * GIB,
         kv_bytes_per_token=128 * 1024,
         min_kv_bytes=16 * GIB,
         workspace_bytes=300 * MIB,
         capacity_bytes=120 * GIB,
-        evicts=["smol", "idle"],
+        evicts=(
+            "smol",
+            "idle",
+        ),
         max_model_len=131072,
         quantization="nf4",
         architecture="LlamaForCausalLM",
