@@ -45,7 +45,10 @@ async def replay(scenarios: dict[str, list[Step]], pods: Pods) -> list[str]:
     for scenario, rows in scenarios.items():
         for number, row in enumerate(rows, 1):
             got = masked(await player.play(row["step"]))
-            if _has_answer(row, got) and not any(matches(row["step"], wanted, got) for wanted in row["answers"]):
+            answers = [got, _as_begun(got)] if _loads_at_once(row["step"]) else [got]
+            if _has_answer(row, got) and not any(
+                matches(row["step"], wanted, answer) for wanted in row["answers"] for answer in answers
+            ):
                 different.append(f"{scenario} {number}: wanted {row['answers']}, got {got}")
     await player.close()
     return different
@@ -53,6 +56,17 @@ async def replay(scenarios: dict[str, list[Step]], pods: Pods) -> list[str]:
 
 def _has_answer(row: Step, got: object) -> bool:
     return row["answers"] != [None] or got is not None or "etcd" in row["step"]
+
+
+def _loads_at_once(step: Step) -> bool:
+    """Whether a step registers a model whose load takes no time, so that the load may end before the answer or after it."""
+    path = step.get("request", {}).get("modelInfo", {}).get("path")
+    return path is not None and "load=" not in path
+
+
+def _as_begun(answer: object) -> object:
+    """Return the answer as it would be if a load that has ended had only begun."""
+    return json.loads(json.dumps(answer).replace('"LOADED"', '"LOADING"'))
 
 
 class _Player:
