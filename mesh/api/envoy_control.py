@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import grpc
@@ -33,16 +33,22 @@ Context = grpc.aio.ServicerContext[pb.DeltaDiscoveryRequest, pb.DeltaDiscoveryRe
 @dataclass(frozen=True, slots=True)
 class _Encoded:
     cluster: Cluster
-    peer_tls: PeerTls | None
     version: str
     content: bytes
 
 
 @dataclass(eq=False, slots=True)
 class _Session:
-    """One Envoy's stream. `is_open`: Envoy has listed its resources, so changes can be sent. `has_refused`: it has refused clusters that it was sent."""
+    """One Envoy's stream.
+
+    Attributes:
+        is_open: Envoy has listed its resources, so changes can be sent.
+        has_refused: Envoy has refused clusters that it was sent.
+        changed: the names of clusters that have changed since the last message; None before the first one, for which all are compared.
+    """
 
     delta: DeltaStream = field(default_factory=DeltaStream)
+    changed: set[str] | None = None
     is_open: bool = False
     has_refused: bool = False
 
@@ -61,6 +67,7 @@ class EnvoyControl:
         self._strays = strays
         self._clusters: dict[str, _Encoded] = {}
         self._versions: dict[str, str] = {}
+        self._encoded_with: PeerTls | None = None
         self._generation = 0
         self._nonces = itertools.count(1)
         self._sessions: set[_Session] = set()
@@ -89,13 +96,26 @@ class EnvoyControl:
         if self._server is not None:
             await self._server.stop(None)
 
-    def publish(self, clusters: Mapping[str, Cluster]) -> int:
+    def publish(self, changed: Mapping[str, Cluster], removed: Iterable[str]) -> int:
         peer_tls = self._peer_tls()
-        self._clusters = {name: self._encoded(cluster, peer_tls) for name, cluster in clusters.items()}
-        versions = {name: known.version for name, known in self._clusters.items()}
-        if versions != self._versions or not self._generation:
-            self._versions = versions
+        if peer_tls != self._encoded_with:
+            self._encoded_with = peer_tls
+            changed = {**{name: known.cluster for name, known in self._clusters.items()}, **changed}
+        different = {name for name in removed if self._clusters.pop(name, None) is not None}
+        for name in different:
+            del self._versions[name]
+        for name, cluster in changed.items():
+            content = encoded(cluster, peer_tls)
+            version = hashlib.blake2b(content, digest_size=_VERSION_BYTES).hexdigest()
+            self._clusters[name] = _Encoded(cluster, version, content)
+            if self._versions.get(name) != version:
+                self._versions[name] = version
+                different.add(name)
+        if different or not self._generation:
             self._generation += 1
+            for session in self._sessions:
+                if session.changed is not None:
+                    session.changed |= different
             self._changes.notify()
         return self._generation
 
@@ -108,14 +128,6 @@ class EnvoyControl:
             logger.warning("Envoy has not confirmed a change of its clusters within %g s", _CONFIRM_S)
             return False
         return not any(session.has_refused for session in self._sessions)
-
-    def _encoded(self, cluster: Cluster, peer_tls: PeerTls | None) -> _Encoded:
-        known = self._clusters.get(cluster.name)
-        is_known = known is not None and (known.cluster is cluster or known.cluster == cluster)
-        if known is not None and is_known and known.peer_tls == peer_tls:
-            return known
-        content = encoded(cluster, peer_tls)
-        return _Encoded(cluster, peer_tls, hashlib.blake2b(content, digest_size=_VERSION_BYTES).hexdigest(), content)
 
     async def _serve(self, requests: AsyncIterator[pb.DeltaDiscoveryRequest], context: Context) -> None:
         session = _Session()
@@ -153,7 +165,8 @@ class EnvoyControl:
 
     async def _send(self, session: _Session, context: Context) -> None:
         nonce, confirmed = str(next(self._nonces)), session.delta.confirmed
-        difference = session.delta.next(self._versions, self._generation, nonce)
+        difference = session.delta.next(self._versions, self._generation, nonce, among=session.changed)
+        session.changed = set()
         if difference is None:
             if session.delta.confirmed != confirmed:
                 self._changes.notify()

@@ -65,8 +65,8 @@ class DataPlane:
         self._write_files = write_files
         self._control: ControlStream | None = None
         self._planner = ClusterPlanner()
-        self._planned: dict[str, Cluster] = {}
         self._gone: dict[str, _Gone] = {}
+        self._adopted: dict[str, Cluster] = {}  # since the last publication
         self._generation = 0
         self._listed: Names = {}
         self._listed_clusters: frozenset[str] = frozenset()
@@ -84,10 +84,10 @@ class DataPlane:
         here, until_s = self._here(), time.monotonic() + _LINGER_S
         for full_name in names:
             prefix, _, name = full_name.partition("/")
-            if prefix in _PREFIXES and full_name not in self._planned:
+            if prefix in _PREFIXES and full_name not in self._planner.clusters:
                 carrier, from_peers = _PREFIXES[prefix]
-                stray = CarriedName(name, name, carrier, from_peers=from_peers)
-                self._gone[full_name] = _Gone(withdrawn(stray, here), until_s)
+                self._adopted[full_name] = withdrawn(CarriedName(name, name, carrier, from_peers=from_peers), here)
+                self._gone[full_name] = _Gone(self._adopted[full_name], until_s)
         self._changes.notify()
 
     async def run(self) -> None:
@@ -124,7 +124,7 @@ class DataPlane:
         assert self._control is not None
         while True:
             await asyncio.sleep(_LIST_S)
-            names = listed_names(self._listed, self._planned)
+            names = listed_names(self._listed, self._planner.clusters)
             if names == self._listed:
                 continue
             if not await self._control.confirmed(self._generation):
@@ -138,24 +138,24 @@ class DataPlane:
     def _publish(self) -> int:
         assert self._control is not None
         here, now_s = self._here(), time.monotonic()
-        planned = self._planner.plan(self._names.list(), here)
-        for name, cluster in self._planned.items():
-            if name not in planned:
-                plain = CarriedName(
-                    name.partition("/")[2], cluster.model_id, cluster.carrier, from_peers=cluster.from_peers
-                )
-                self._gone[name] = _Gone(withdrawn(plain, here), now_s + _LINGER_S)
-        self._gone = {
-            name: gone
-            for name, gone in self._gone.items()
-            if name not in planned and (gone.until_s > now_s or name in self._listed_clusters)
-        }
-        for cluster in planned.values():
+        change = self._planner.plan(self._names.changed(), here)
+        withdrawn_now = {}
+        for name, cluster in change.removed.items():
+            plain = CarriedName(
+                name.partition("/")[2], cluster.model_id, cluster.carrier, from_peers=cluster.from_peers
+            )
+            withdrawn_now[name] = withdrawn(plain, here)
+            self._gone[name] = _Gone(withdrawn_now[name], now_s + _LINGER_S)
+        for name, cluster in change.changed.items():
+            self._gone.pop(name, None)
             self._models[cluster.stat_name] = cluster.model_id, cluster.carrier, cluster.role
-        self._planned = planned
-        self._generation = self._control.publish(
-            {**planned, **{name: gone.cluster for name, gone in self._gone.items()}}
-        )
+        ended = [
+            name for name, gone in self._gone.items() if gone.until_s <= now_s and name not in self._listed_clusters
+        ]
+        for name in ended:
+            del self._gone[name]
+        self._generation = self._control.publish({**self._adopted, **withdrawn_now, **change.changed}, ended)
+        self._adopted = {}
         self._write(self._listed)
         return self._generation
 
@@ -197,7 +197,7 @@ class DataPlane:
         for model_id, active in running.items():
             self._copies.set_carried(model_id, active)
         self._started = {stat: count for stat, count in self._started.items() if stat in figures}
-        kept = {cluster.stat_name for cluster in self._planned.values()}
+        kept = {cluster.stat_name for cluster in self._planner.clusters.values()}
         self._models = {
             stat: known
             for stat, known in self._models.items()

@@ -1,6 +1,6 @@
 """Decides what a control-plane stream is sent next, and which changes Envoy has confirmed. There is one object per stream."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -26,18 +26,24 @@ class DeltaStream:
     _has_begun: bool = False
     _awaited: dict[str, int] = field(default_factory=dict)  # nonce → generation, in the order of sending
 
-    def next(self, wanted: Mapping[str, str], generation: int, nonce: str) -> Difference | None:
+    def next(
+        self, wanted: Mapping[str, str], generation: int, nonce: str, *, among: Iterable[str] | None = None
+    ) -> Difference | None:
         """Return what has to be sent for `wanted` to hold, and count it as sent; None for nothing.
 
+        `among`: the names that may have changed since the last call; None for all.
         The first message is sent even if it is empty, because Envoy waits for it before it listens.
         """
+        names = tuple({**wanted, **self.known} if among is None else among)
         difference = Difference(
-            tuple(name for name, version in wanted.items() if self.known.get(name) != version),
-            tuple(name for name in self.known if name not in wanted),
+            tuple(name for name in names if name in wanted and self.known.get(name) != wanted[name]),
+            tuple(name for name in names if name in self.known and name not in wanted),
         )
         if not self._has_begun or difference.changed or difference.removed:
             self._has_begun = True
-            self.known = dict(wanted)
+            self.known.update((name, wanted[name]) for name in difference.changed)
+            for name in difference.removed:
+                del self.known[name]
             self._awaited[nonce] = generation
             return difference
         if self._awaited:

@@ -1,6 +1,6 @@
 """Defines the interfaces of the data plane to Envoy: its control stream and its statistics."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,8 +34,8 @@ class EnvoyFigures:
 
 
 class ControlStream(Protocol):
-    def publish(self, clusters: Mapping[str, Cluster]) -> int:
-        """Make these the clusters of every connected Envoy. Return the number of this generation."""
+    def publish(self, changed: Mapping[str, Cluster], removed: Iterable[str]) -> int:
+        """Add or replace clusters of every connected Envoy and remove others, by name. Return the number of this generation."""
         ...
 
     async def confirmed(self, generation: int) -> bool:

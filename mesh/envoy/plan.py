@@ -5,7 +5,7 @@ one. The last tier is this pod's mesh, which takes the call as if it were the fi
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -121,24 +121,47 @@ def plan_clusters(names: Iterable[CarriedName], here: Here) -> dict[str, Cluster
     return {cluster.name: cluster for cluster in clusters if cluster is not None}
 
 
+@dataclass(frozen=True, slots=True)
+class PlanChange:
+    """The clusters, by name, that are new or different, and those that are no longer planned."""
+
+    changed: Mapping[str, Cluster]
+    removed: Mapping[str, Cluster]
+
+
 class ClusterPlanner:
-    """Plans like `plan_clusters`, and keeps the clusters of names that have not changed: few of thousands do."""
+    """Plans like `plan_clusters`, and only for models whose names have changed: few of thousands do.
+
+    `clusters`: those of all models by name.
+    """
 
     def __init__(self) -> None:
+        self.clusters: dict[str, Cluster] = {}
         self._here: Here | None = None
-        self._known: dict[tuple[str, Carrier, bool], tuple[CarriedName, Cluster | None]] = {}
+        self._names: dict[str, tuple[CarriedName, ...]] = {}  # by model
+        self._planned: dict[str, dict[str, Cluster]] = {}  # by model
 
-    def plan(self, names: Iterable[CarriedName], here: Here) -> dict[str, Cluster]:
-        """Return the clusters by name. An unchanged name has the same object as before."""
-        known = self._known if here == self._here else {}
-        self._here, self._known = here, {}
-        for carried in names:
-            key = carried.name, carried.carrier, carried.from_peers
-            entry = known.get(key)
-            if entry is None or entry[0] != carried:
-                entry = carried, next(iter(plan_clusters([carried], here).values()), None)
-            self._known[key] = entry
-        return {cluster.name: cluster for _, cluster in self._known.values() if cluster is not None}
+    def plan(self, names: Mapping[str, tuple[CarriedName, ...]], here: Here) -> PlanChange:
+        """Plan the clusters of these models. `names`: all names of each one, none for a model whose clusters go. Other models keep theirs."""
+        if here != self._here:
+            self._here, names = here, {**self._names, **names}
+        before: dict[str, Cluster] = {}
+        after: dict[str, Cluster] = {}
+        for model_id, carried in names.items():
+            before |= self._planned.pop(model_id, {})
+            self._names.pop(model_id, None)
+            if carried:
+                self._names[model_id] = carried
+                self._planned[model_id] = plan_clusters(carried, here)
+                after |= self._planned[model_id]
+        change = PlanChange(
+            changed={name: cluster for name, cluster in after.items() if before.get(name) != cluster},
+            removed={name: cluster for name, cluster in before.items() if name not in after},
+        )
+        for name in change.removed:
+            del self.clusters[name]
+        self.clusters |= change.changed
+        return change
 
 
 def withdrawn(carried: CarriedName, here: Here) -> Cluster:

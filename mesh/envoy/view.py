@@ -1,49 +1,32 @@
 """Lists the names whose calls Envoy may carry now, from the registry, this pod's copies and the other pods' reports."""
 
 import ipaddress
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from common.addresses import parse_address
 from common.errors import ConfigError
 from common.model_state import CopyState
+from mesh.envoy.changed_models import ChangedModels
 from mesh.envoy.plan import CarriedName, Carrier, PeerCopy, is_plain
 from mesh.errors import NotFound
 from mesh.placement.copies import LocalCopies, LocalCopy
 from mesh.placement.model_states import ModelStates
 from mesh.placement.runtime_monitor import RuntimeMonitor
-from mesh.registry.records import InstanceRecord, ModelRecord, VModelRecord
-from mesh.registry.registration import base_of
+from mesh.registry.records import InstanceRecord
 from mesh.registry.registry import Registry
 from mesh.routing.copy_selection import Candidate, expected_wait_s
 
 
-@dataclass(slots=True)
-class _Names:
-    """The names of vmodels by the models that they may stand for, kept as the registry changes."""
+@dataclass(frozen=True, slots=True)
+class _World:
+    """What the names of every model depend on. `limit`: as in CarriedNames."""
 
-    by_model: dict[str, set[str]] = field(default_factory=dict)
-
-    def changed(self, name: str, old: VModelRecord | None, new: VModelRecord | None) -> None:
-        for record in (old, new):
-            for model_id in (record.active_id, record.target_id) if record is not None else ():
-                names = self.by_model.setdefault(model_id, set())
-                names.add(name) if record is new else names.discard(name)
-                if not names:
-                    del self.by_model[model_id]
-
-
-@dataclass(slots=True)
-class _Bases:
-    """The names over which LoRA adapters are registered. A gRPC message may select one of them, which only the mesh reads."""
-
-    num_adapters: Counter[str] = field(default_factory=Counter)
-
-    def changed(self, _: str, old: ModelRecord | None, new: ModelRecord | None) -> None:
-        for record, change in ((old, -1), (new, 1)):
-            if record is not None and (base := base_of(record.info)):
-                self.num_adapters[base] += change
+    is_cut_off: bool
+    is_serving: bool
+    carriers: tuple[Carrier, ...]
+    pods: frozenset[str]
+    limit: int
 
 
 class CarriedNames:
@@ -70,50 +53,61 @@ class CarriedNames:
         self._secure_address = secure_address
         self._is_cut_off = is_cut_off
         self._carriers = carriers
-        self._names = _Names()
-        self._bases = _Bases()
-        registry.vmodels.table.listen(self._names.changed)
-        registry.models.table.listen(self._bases.changed)
+        self._changed = ChangedModels(registry, copies)
+        self._world: _World | None = None
+        self._listed: dict[str, tuple[CarriedName, ...]] = {}  # by model
 
     @property
     def limit(self) -> int:
-        """The calls that a carried copy may have at once; 0 for any number."""
-        return max((copy.max_concurrency for copy in self._copies if copy.is_loaded), default=0)
+        """The calls that a carried copy may have at once, as of the last call of `changed`; 0 for any number."""
+        return self._world.limit if self._world is not None else 0
 
-    def list(self) -> list[CarriedName]:
-        """Return the names with a loaded copy that can take calls now."""
-        if self._is_cut_off():
-            return []
-        carriers = [carrier for carrier in Carrier if carrier in self._carriers and self._can_carry(carrier)]
+    def changed(self) -> dict[str, tuple[CarriedName, ...]]:
+        """Return the names of each model whose names have changed since the last call; none for a model without a copy that can take calls."""
         pods = {pod_id: pod for pod_id, pod in self._states.pods().items() if pod_id != self._registry.instances.own_id}
-        limit = self.limit
-        local = {copy.model_id: copy for copy in self._copies if self._takes_calls(copy, limit)}
-        remote = {
-            model_id
-            for pod in pods.values()
-            for model_id, report in pod.copies.items()
-            if report.state is CopyState.LOADED
-        }
-        found = []
-        for model_id in local.keys() | remote:
-            wait_s, generation = None, 0
-            if (copy := local.get(model_id)) is not None:
-                wait_s, generation = self._local_wait_s(model_id), copy.started_ms
-            names = [name for name in self._names_of(model_id) if is_plain(name)]
-            has_adapters = any(self._bases.num_adapters[name] for name in (*names, model_id))
-            for carrier in carriers:
-                if has_adapters and carrier is Carrier.GRPC:
-                    continue
-                peers = self._peers(model_id, carrier, pods) if model_id in remote else ()
-                if wait_s is not None or peers:
-                    found += [
-                        CarriedName(name, model_id, carrier, wait_s, peers, generation=generation) for name in names
-                    ]
-                if wait_s is not None and pods:
-                    found.append(
-                        CarriedName(model_id, model_id, carrier, wait_s, from_peers=True, generation=generation)
-                    )
+        world = _World(
+            self._is_cut_off(),
+            self._monitor.is_serving,
+            tuple(carrier for carrier in Carrier if carrier in self._carriers and self._can_carry(carrier)),
+            frozenset(pods),
+            max((copy.max_concurrency for copy in self._copies if copy.is_loaded), default=0),
+        )
+        models = self._changed.take(self._monitor.snapshot)
+        if models is None or world != self._world:
+            self._world = world
+            models = {copy.model_id for copy in self._copies}.union(
+                self._listed, *(pod.copies for pod in pods.values())
+            )
+        found = {}
+        for model_id in models:
+            names = self._names_to_carry(model_id, world, pods)
+            if names != self._listed.get(model_id, ()):
+                found[model_id] = names
+        for model_id, names in found.items():
+            if names:
+                self._listed[model_id] = names
+            else:
+                del self._listed[model_id]
         return found
+
+    def _names_to_carry(self, model_id: str, world: _World, pods: dict[str, InstanceRecord]) -> tuple[CarriedName, ...]:
+        if world.is_cut_off:
+            return ()
+        wait_s, generation = None, 0
+        if (copy := self._copies.get(model_id)) is not None and self._takes_calls(copy, world.limit):
+            wait_s, generation = self._local_wait_s(model_id), copy.started_ms
+        names = [name for name in self._names_of(model_id) if is_plain(name)]
+        has_adapters = any(self._changed.has_adapters(name) for name in (*names, model_id))
+        found = []
+        for carrier in world.carriers:
+            if has_adapters and carrier is Carrier.GRPC:
+                continue
+            peers = self._peers(model_id, carrier, pods)
+            if wait_s is not None or peers:
+                found += [CarriedName(name, model_id, carrier, wait_s, peers, generation=generation) for name in names]
+            if wait_s is not None and pods:
+                found.append(CarriedName(model_id, model_id, carrier, wait_s, from_peers=True, generation=generation))
+        return tuple(found)
 
     def _can_carry(self, carrier: Carrier) -> bool:
         """Return whether calls may pass unread: no method of a foreign runtime needs the model's id written into its message."""
@@ -129,8 +123,7 @@ class CarriedNames:
 
     def _names_of(self, model_id: str) -> Iterator[str]:
         """Yield the names that stand for the model now: those of vmodels, or else its id."""
-        names = self._names.by_model.get(model_id, ())
-        for name in sorted(names) or (model_id,):
+        for name in self._registry.pointing_at(model_id) or (model_id,):
             try:
                 if self._registry.resolve(name) == model_id:
                     yield name

@@ -77,6 +77,7 @@ class LocalCopies:
         self._waiting: Counter[str] = Counter()
         self._requests = RequestRate(time.monotonic())
         self._changes = changes
+        self._listeners: list[Callable[[str], None]] = []
         self._unsettled: set[str] = set()  # models that are being loaded or unloaded
         self.capacity_bytes = 0
         self.uses = DecayedUses(HALF_LIFE_USES)
@@ -89,6 +90,10 @@ class LocalCopies:
 
     def get(self, model_id: str) -> LocalCopy | None:
         return self._copies.get(model_id)
+
+    def listen(self, listener: Callable[[str], None]) -> None:
+        """Call `listener` with the model's id whenever a copy is added, changes its state or is removed."""
+        self._listeners.append(listener)
 
     def add(self, copy: LocalCopy) -> None:
         self._copies[copy.model_id] = copy
@@ -106,7 +111,7 @@ class LocalCopies:
         if self._copies.get(copy.model_id) is copy:
             del self._copies[copy.model_id]
             self._unsettled.discard(copy.model_id)
-        self._changes.notify()
+        self._notify(copy.model_id)
 
     def usage(self) -> Usage:
         settings = {model_id: self.settings_of(model_id) for model_id in self._copies}
@@ -219,4 +224,9 @@ class LocalCopies:
 
     def _settle(self, copy: LocalCopy) -> None:
         (self._unsettled.discard if copy.is_loaded else self._unsettled.add)(copy.model_id)
+        self._notify(copy.model_id)
+
+    def _notify(self, model_id: str) -> None:
+        for listener in self._listeners:
+            listener(model_id)
         self._changes.notify()

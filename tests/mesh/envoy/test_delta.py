@@ -14,10 +14,12 @@ def test_delta_brings_envoy_to_what_is_wanted(
 ) -> None:
     """Each step wants other resources; then Envoy answers some of the messages that are on their way."""
     stream, envoy, sent = DeltaStream(known=dict(at_first)), dict(at_first), list[tuple[str, dict[str, str]]]()
-    applied = dict(at_first)
+    applied, before = dict(at_first), dict[str, str]()
     for generation, (wanted, num_answers) in enumerate(steps, 1):
         nonce = f"n{generation}"
-        difference = stream.next(wanted, generation, nonce)
+        changed = {name for name in "abcd" if before.get(name) != wanted.get(name)}
+        difference = stream.next(wanted, generation, nonce, among=changed if generation > 1 else None)
+        before = wanted
         assert difference is not None or generation > 1, "Envoy waits for a first message"
         if difference is not None:
             for name in difference.removed:

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from mesh.envoy.plan import (
     CarriedName,
     Carrier,
+    Cluster,
     ClusterPlanner,
     Here,
     PeerCopy,
+    PlanChange,
     Role,
     is_plain,
     plan_clusters,
@@ -61,13 +63,18 @@ def test_plan_has_a_cluster_for_each_name_with_a_copy(names: list[CarriedName]) 
 
 @given(st.lists(st.lists(CARRIED, max_size=6, unique_by=lambda carried: (carried.name, carried.carrier)), max_size=4))
 def test_planner_agrees_with_a_plan_from_nothing(turns: list[list[CarriedName]]) -> None:
-    planner = ClusterPlanner()
+    planner, known, received = ClusterPlanner(), dict[str, tuple[CarriedName, ...]](), dict[str, Cluster]()
     for number, names in enumerate(turns):
         here = replace(HERE, peer_key=str(number // 2))
-        planned = planner.plan(names, here)
-        assert planned == plan_clusters(names, here)
-        again = planner.plan([replace(carried) for carried in names], replace(here))
-        assert all(again[name] is cluster for name, cluster in planned.items())
+        models = {each.model_id: tuple(x for x in names if x.model_id == each.model_id) for each in names}
+        now = {model_id: models.get(model_id, ()) for model_id in known.keys() | models}
+        change = planner.plan({model_id: each for model_id, each in now.items() if each != known.get(model_id)}, here)
+        known = now
+        assert all(received.get(name) != cluster for name, cluster in change.changed.items())
+        assert change.removed == {name: received[name] for name in change.removed}
+        received = {name: each for name, each in received.items() if name not in change.removed} | dict(change.changed)
+        assert received == planner.clusters == plan_clusters(names, here)
+        assert planner.plan(known, replace(here)) == PlanChange({}, {})
 
 
 @given(CARRIED)

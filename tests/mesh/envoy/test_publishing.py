@@ -2,8 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable, Mapping
 from typing import cast
 
 import pytest
@@ -30,13 +29,31 @@ class FakeControl:
         self.takes = True
         self.num_questions = 0
 
-    def publish(self, clusters: Mapping[str, Cluster]) -> int:
-        self.published = dict(clusters)
+    def publish(self, changed: Mapping[str, Cluster], removed: Iterable[str]) -> int:
+        self.published |= changed
+        for name in removed:
+            del self.published[name]
         return 1
 
     async def confirmed(self, generation: int) -> bool:
         self.num_questions += 1
         return self.takes
+
+
+class FakeNames:
+    """Lists `carried`, which a test changes. All of its models count as changed each time."""
+
+    limit = 0
+
+    def __init__(self, carried: list[CarriedName]) -> None:
+        self._carried = carried
+        self._models = set[str]()
+
+    def changed(self) -> dict[str, tuple[CarriedName, ...]]:
+        self._models |= {each.model_id for each in self._carried}
+        return {
+            model_id: tuple(each for each in self._carried if each.model_id == model_id) for model_id in self._models
+        }
 
 
 class FakeStats:
@@ -71,7 +88,7 @@ def data_plane_of(
 ) -> DataPlane:
     changes = Changes()
     data_plane = DataPlane(
-        cast("CarriedNames", SimpleNamespace(list=lambda: carried, limit=0)),
+        cast("CarriedNames", FakeNames(carried)),
         LocalCopies(changes, lambda _: CopySettings()),
         changes,
         metrics or Metrics(),
