@@ -53,6 +53,7 @@ class RuntimeWatch:
         self._capacity_bytes = capacity_bytes
         self._silence_s = silence_s
         self._answer_s = answer_s
+        self._reader = SnapshotReader()
 
     async def look(self) -> RuntimeSnapshot | None:
         """Return the current snapshot; None if the runtime does not answer or has no such service."""
@@ -63,7 +64,7 @@ class RuntimeWatch:
             return None
         finally:
             call.cancel()
-        return snapshot(message) if message is not None else None
+        return self._reader.read(message) if message is not None else None
 
     async def snapshots(self) -> AsyncGenerator[RuntimeSnapshot, None]:
         """Yield each snapshot. A broken connection yields an empty one that is not ready, then those after the reconnect."""
@@ -78,7 +79,7 @@ class RuntimeWatch:
             try:
                 while (message := await self._read(call, self._silence_s if heard else self._answer_s)) is not None:
                     failures, heard, is_known = 0, True, True
-                    yield snapshot(message)
+                    yield self._reader.read(message)
             except TimeoutError:
                 call.cancel()
                 if heard:
@@ -146,26 +147,36 @@ class RuntimeWatch:
         return True
 
 
-def snapshot(message: pb.RuntimeSnapshot) -> RuntimeSnapshot:
-    return RuntimeSnapshot(
-        capacity_bytes=message.capacity_bytes,
-        ready=message.engine_state == pb.ENGINE_READY,
-        device_budget_bytes=message.device_budget_bytes,
-        device_used_bytes=message.device_used_bytes,
-        host_budget_bytes=message.host_budget_bytes,
-        host_used_bytes=message.host_used_bytes,
-        engine_state=pb.EngineState.Name(message.engine_state).removeprefix("ENGINE_").lower(),
-        engine_restarts=message.engine_restarts,
-        device_name=message.device_name,
-        device_reserve_bytes=message.device_reserve_bytes,
-        models=tuple(_model(model) for model in message.models),
-        devices=tuple(
-            DeviceFigures(
-                name=device.name, group=device.group, budget_bytes=device.budget_bytes, used_bytes=device.used_bytes
-            )
-            for device in message.devices
-        ),
-    )
+class SnapshotReader:
+    """Converts snapshots. The states of models that do not change stay the same objects: each snapshot repeats those of all models."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, ModelState] = {}  # by the message of each
+
+    def read(self, message: pb.RuntimeSnapshot) -> RuntimeSnapshot:
+        known, self._known = self._known, {}
+        for model in message.models:
+            content = model.SerializeToString(deterministic=True)
+            self._known[content] = known.get(content) or _model(model)
+        return RuntimeSnapshot(
+            capacity_bytes=message.capacity_bytes,
+            ready=message.engine_state == pb.ENGINE_READY,
+            device_budget_bytes=message.device_budget_bytes,
+            device_used_bytes=message.device_used_bytes,
+            host_budget_bytes=message.host_budget_bytes,
+            host_used_bytes=message.host_used_bytes,
+            engine_state=pb.EngineState.Name(message.engine_state).removeprefix("ENGINE_").lower(),
+            engine_restarts=message.engine_restarts,
+            device_name=message.device_name,
+            device_reserve_bytes=message.device_reserve_bytes,
+            models=tuple(self._known.values()),
+            devices=tuple(
+                DeviceFigures(
+                    name=device.name, group=device.group, budget_bytes=device.budget_bytes, used_bytes=device.used_bytes
+                )
+                for device in message.devices
+            ),
+        )
 
 
 def _model(model: pb.ModelState) -> ModelState:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from common.model_key import ModelSettings
 from common.model_state import CopyState, ModelFigures, ModelState, Tier
 from mesh.client.admin import Copy
-from mesh.client.runtime_state import snapshot
+from mesh.client.runtime_state import SnapshotReader
 from mesh.registry.records import InstanceRecord, decode_record, encode_record
 from runtime.api.state import state_of, to_message
 from runtime.models.model_state import ModelView, Phase
@@ -37,7 +37,7 @@ _states = st.builds(
 @given(_states)
 def test_model_state_is_unchanged_by_wire_and_record(state: ModelState) -> None:
     message = pb.RuntimeSnapshot.FromString(pb.RuntimeSnapshot(models=[to_message(state)]).SerializeToString())
-    assert snapshot(message).models == (state,)
+    assert SnapshotReader().read(message).models == (state,)
     record = InstanceRecord(copies={"m": state})
     assert decode_record(InstanceRecord, encode_record(record)) == record
 
@@ -69,3 +69,14 @@ def test_settled_state_ignores_figures_of_requests() -> None:
     busy = msgspec.structs.replace(state, running=3, kv_usage=0.5, tokens_per_s=9.0, steps_total=4, progress=0.5)
     assert busy.settled() == state.settled() == state
     assert msgspec.structs.replace(state, tier=Tier.DEVICE).settled() != state
+
+
+@given(st.lists(st.lists(_states, max_size=3), max_size=3))
+def test_snapshot_reader_keeps_the_states_that_a_snapshot_repeats(snapshots: list[list[ModelState]]) -> None:
+    reader, known = SnapshotReader(), dict[ModelState, ModelState]()
+    for states in snapshots:
+        unique = tuple(dict.fromkeys(states))
+        found = reader.read(pb.RuntimeSnapshot(models=map(to_message, unique))).models
+        assert found == unique
+        assert all(known.get(state, state) is state for state in found)
+        known = {state: state for state in found}
