@@ -7,7 +7,7 @@ whole record every few seconds, and only in a mesh of several pods.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -15,7 +15,7 @@ from common.changes import Changes
 from common.model_state import ModelState
 from mesh.errors import StoreError
 from mesh.placement.copies import LocalCopies
-from mesh.placement.model_status import copy_state
+from mesh.placement.copy_reports import CopyReports
 from mesh.placement.usage import NEVER_MS
 from mesh.registry.instances import Instances
 from mesh.registry.records import CAPACITY_UNIT_BYTES, LRU_EMPTY_MS, InstanceRecord
@@ -27,7 +27,6 @@ _LOAD_INTERVAL_S = 2.0
 _PODS_PER_INTERVAL = 25  # every pod receives each record, so that the interval grows with their number
 _MIN_INTERVAL_S = 0.1
 _DIGITS = 3  # of fractions: every pod receives each record
-_FRACTIONS = tuple(figure.name for figure in msgspec.structs.fields(ModelState) if figure.type is float)
 
 
 class Heartbeat:
@@ -56,7 +55,8 @@ class Heartbeat:
         self._can_serve = can_serve
         self._load_failures = load_failures
         self._shutting_down = False
-        self._published: InstanceRecord | None = None
+        self._reports = CopyReports()
+        self._published: InstanceRecord | None = None  # without the load
         self._written: InstanceRecord | None = (
             None  # the last one that was written whole, with the figures that can wait
         )
@@ -65,36 +65,35 @@ class Heartbeat:
         loads_at_s = 0.0
         while True:
             seen = self._changes.version
-            record = self.record()
+            record, settled = self._record()
             now_s = time.monotonic()
             num_pods = len(self._instances.table)
             due = now_s - loads_at_s >= load_interval_s(num_pods) and num_pods > 1
-            if self._has_changed(record) or (due and record != self._written):
+            if settled != self._published or (due and record != self._written):
                 if due:
                     loads_at_s = now_s
-                await self._publish(record, whole=due)
+                await self._publish(record, settled, whole=due)
             await asyncio.sleep(_MIN_INTERVAL_S)
             await self._changes.wait(_LOAD_INTERVAL_S, since=seen)
 
     async def flush(self) -> None:
         """Publish now if the record differs from the published one, so that the answer of a synchronous call is true at every pod."""
-        record = self.record()
-        if self._has_changed(record):
-            await self._publish(record, whole=False)
+        record, settled = self._record()
+        if settled != self._published:
+            await self._publish(record, settled, whole=False)
 
     def leave(self) -> None:
         """Mark this pod as shutting down in its record: other pods stop placing models and sending requests here."""
         self._shutting_down = True
 
-    def record(self) -> InstanceRecord:
+    def _record(self) -> tuple[InstanceRecord, InstanceRecord]:
+        """Return this pod's record, and the same without the load."""
         snapshot = self._snapshot()
         models = {model.model_id: model for model in snapshot.models}
         usage = self._copies.usage()
-        reports = {
-            copy.model_id: _rounded(copy_state(copy.model_id, copy.state, copy.size_bytes, models.get(copy.model_id)))
-            for copy in self._copies
-        }
-        return msgspec.structs.replace(
+        self._reports.update(self._copies, models)
+        reports = self._reports.reports()
+        record = msgspec.structs.replace(
             self._identity,
             lru_time_ms=LRU_EMPTY_MS if usage.lru_ms == NEVER_MS else usage.lru_ms,
             count=len(reports),
@@ -119,24 +118,15 @@ class Heartbeat:
             devices=snapshot.devices,
             used_ms={copy.model_id: copy.last_used_ms for copy in self._copies if copy.last_used_ms},
         )
+        return record, _without_load(record, self._reports.settled())
 
-    def _has_changed(self, record: InstanceRecord) -> bool:
-        """Return whether more than the load differs from what was published."""
-        return self._published is None or _without_load(record) != _without_load(self._published)
-
-    async def _publish(self, record: InstanceRecord, *, whole: bool) -> None:
+    async def _publish(self, record: InstanceRecord, settled: InstanceRecord, *, whole: bool) -> None:
         try:
             if await self._instances.publish(record, whole=whole):
                 self._written = record
-            self._published = record
+            self._published = settled
         except StoreError as error:
             logger.warning("this pod's record could not be published: %s", error.message)
-
-
-def _rounded(report: ModelState) -> ModelState:
-    """Return the report as a record holds it: without the id, which is its key, and with few digits."""
-    fractions = {name: round(getattr(report, name), _DIGITS) for name in _FRACTIONS}
-    return msgspec.structs.replace(report, model_id="", **fractions)
 
 
 def load_interval_s(num_pods: int) -> float:
@@ -144,9 +134,8 @@ def load_interval_s(num_pods: int) -> float:
     return _LOAD_INTERVAL_S * max(1.0, num_pods / _PODS_PER_INTERVAL)
 
 
-def _without_load(record: InstanceRecord) -> InstanceRecord:
-    """Return the record without the figures that change with every request."""
-    copies = {model_id: report.settled() for model_id, report in record.copies.items()}
+def _without_load(record: InstanceRecord, copies: Mapping[str, ModelState]) -> InstanceRecord:
+    """Return the record with these copies and without the figures that change with every request."""
     devices = tuple(msgspec.structs.replace(device, used_bytes=0) for device in record.devices)
     return msgspec.structs.replace(
         record,
