@@ -113,6 +113,11 @@ class LocalCopies:
             self._unsettled.discard(copy.model_id)
         self._notify(copy.model_id)
 
+    @property
+    def kept_bytes(self) -> int:
+        """The booked bytes of the models that are not being unloaded."""
+        return sum(copy.size_bytes for copy in self._copies.values() if copy.state is not CopyState.UNLOADING)
+
     def usage(self) -> Usage:
         settings = {model_id: self.settings_of(model_id) for model_id in self._copies}
         adapters = self._adapters()

@@ -164,7 +164,7 @@ class LocalLoads:
 
         Models in use stay; the next call evicts them if they are idle by then.
         """
-        while (usage := self._copies.usage()).used_bytes - usage.unloading_bytes > self._copies.capacity_bytes:
+        while self._copies.kept_bytes > self._copies.capacity_bytes:
             victim = next(iter(self._copies.idle()), None)
             if victim is None:
                 return

@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 
+import msgspec
+
 NEVER_MS = 2**63 - 1
 HALF_LIFE_USES = (
     500  # of a use: the model that is evicted next has a few uses within it, and a new popularity counts within seconds
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ModelUsage:
+class ModelUsage(msgspec.Struct, frozen=True, gc=False):
     """One model's share of the capacity.
 
     Attributes:

@@ -49,6 +49,7 @@ def _is_ours(key: str) -> bool:
     return True
 
 
+@lru_cache(maxsize=20_000)
 def _mentions_copies(key: str) -> bool:
     return any(name in key for name in _NAMES)
 
