@@ -7,7 +7,7 @@ import psutil
 _PARTS = (
     ("engine", ("runtime.engine", "bench.fast_engine")),
     ("runtime", ("runtime", "bench.fast_runtime")),
-    ("mesh", ("serve-mesh",)),
+    ("mesh", ("serve-mesh", "mesh.pod")),
 )
 
 
