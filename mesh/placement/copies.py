@@ -119,7 +119,6 @@ class LocalCopies:
         return sum(copy.size_bytes for copy in self._copies.values() if copy.state is not CopyState.UNLOADING)
 
     def usage(self) -> Usage:
-        settings = {model_id: self.settings_of(model_id) for model_id in self._copies}
         adapters = self._adapters()
         models = tuple(
             ModelUsage(
@@ -130,8 +129,8 @@ class LocalCopies:
                 is_unloading=copy.state is CopyState.UNLOADING,
                 is_loading=copy.is_pending,
                 use=self.uses.of(copy.model_id),
-                priority=settings[copy.model_id].priority,
-                is_pinned=settings[copy.model_id].pinned,
+                priority=(settings := self.settings_of(copy.model_id)).priority,
+                is_pinned=settings.pinned,
             )
             for copy in self._copies.values()
         )
@@ -214,10 +213,10 @@ class LocalCopies:
 
     def _num_users(self, model_id: str, adapters: Mapping[str, Sequence[LocalCopy]]) -> int:
         """Return the requests that need the model, those for its adapters and the adapters that are loading included."""
-        of_adapters = sum(
-            copy.is_pending + self._num_users(copy.model_id, adapters) for copy in adapters.get(model_id, ())
-        )
-        return self.in_flight(model_id) + self._waiting[model_id] + of_adapters
+        users = self.in_flight(model_id) + self._waiting.get(model_id, 0)
+        for copy in adapters.get(model_id, ()):
+            users += copy.is_pending + self._num_users(copy.model_id, adapters)
+        return users
 
     def _decrease(self, counts: Counter[str], model_id: str) -> None:
         counts[model_id] -= 1
