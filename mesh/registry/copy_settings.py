@@ -17,12 +17,12 @@ _NAMES = CopySettings.__struct_fields__
 
 def identity_of(info: ModelInfo) -> ModelInfo:
     """Return the model without its copy settings. A key that is not Repertory's stays as it is."""
-    return _split(info)[0] if _mentions_copies(info.key) else info
+    return _split(info)[0] if mentions_copies(info.key) else info
 
 
 def copy_settings_of(info: ModelInfo) -> CopySettings:
     """Return the copy settings in a model's key; the default ones for a key that is not Repertory's."""
-    return _split(info)[1] if _mentions_copies(info.key) else DEFAULT
+    return _split(info)[1] if mentions_copies(info.key) else DEFAULT
 
 
 def is_same_model(one: ModelInfo, other: ModelInfo) -> bool:
@@ -30,7 +30,7 @@ def is_same_model(one: ModelInfo, other: ModelInfo) -> bool:
 
     Keys that are not of our schema are compared as texts, as in ModelMesh, and so is an empty key, unless the other key has copy settings.
     """
-    if not (one.key and other.key) and not (_mentions_copies(one.key) or _mentions_copies(other.key)):
+    if not (one.key and other.key) and not (mentions_copies(one.key) or mentions_copies(other.key)):
         return one == other
     one, other = identity_of(one), identity_of(other)
     return one == other or (
@@ -50,7 +50,8 @@ def _is_ours(key: str) -> bool:
 
 
 @lru_cache(maxsize=20_000)
-def _mentions_copies(key: str) -> bool:
+def mentions_copies(key: str) -> bool:
+    """Return whether a key may have copy settings."""
     return any(name in key for name in _NAMES)
 
 

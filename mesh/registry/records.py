@@ -14,7 +14,7 @@ from msgspec import field
 
 from common.model_key import CopySettings
 from common.model_state import DeviceFigures, ModelState
-from mesh.registry.copy_settings import copy_settings_of, identity_of
+from mesh.registry.copy_settings import DEFAULT, copy_settings_of, identity_of, mentions_copies
 from mesh.types import ModelInfo
 
 LRU_EMPTY_MS = 2**63 - 1
@@ -78,6 +78,8 @@ class ModelRecord(Record, frozen=True, omit_defaults=True, kw_only=True, gc=Fals
     @property
     def copy_settings(self) -> CopySettings:
         """Return the copy settings. Earlier releases and Java pods leave them in the key."""
+        if self.changeable is None and not mentions_copies(self.key):
+            return DEFAULT  # the common case, asked for each copy of a pod
         return self.changeable or copy_settings_of(ModelInfo(self.type, self.path, self.key))
 
 
