@@ -230,7 +230,8 @@ def _last_used_ms(parts: PlacementParts, registry: Registry, model_id: str) -> i
     """Return when any pod last used a model, as far as this pod knows; 0 if unknown."""
     copy = parts.copies.get(model_id)
     own_ms = copy.last_used_ms if copy is not None else 0
-    return max(own_ms, *(pod.used_ms.get(model_id, 0) for _, pod in registry.instances.items()))
+    # There is no record of any pod until this one has written its own.
+    return max([own_ms, *(pod.used_ms.get(model_id, 0) for _, pod in registry.instances.items())])
 
 
 def _metrics_text(base: PodBase, parts: PlacementParts) -> bytes:

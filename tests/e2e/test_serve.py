@@ -20,6 +20,7 @@ from mesh.errors import MeshError
 from tests.e2e.conftest import greedy
 from tests.support import stack, tgis_client
 from tests.support.checkpoints import tiny_llama
+from tests.support.waiting import wait_until
 from wire.fmaas import generation_pb2 as fmaas
 
 pytestmark = pytest.mark.slow
@@ -126,6 +127,7 @@ def test_serve_takes_over_after_kill_9_of_the_one_before(tmp_path: Path, models:
         next(iter(stream))
         served.admin.register({"name": "bob", "uri": str(models["bob"]), "quantize": "int8"})
         served.admin.load("bob")
+        wait_until(lambda: _state(served, "bob") in ("packing", "loading", "loaded"), 60)
         left = psutil.Process(served.pid).children(recursive=True)
         os.kill(served.pid, signal.SIGKILL)
         addresses = ("--http-listen", served.url.removeprefix("http://"), "--grpc-listen", served.grpc)
