@@ -167,6 +167,9 @@ class RuntimeClient(Protocol):
     async def unload(self, model_id: str, *, allow_retry: bool = False) -> None:
         """Idempotent. A quarantine ends only with `allow_retry`: an eviction or the end of a failed load may cross with it."""
 
+    async def undo_load(self, model_id: str) -> None:
+        """Unload a model that is not kept. The unload continues if this call is cancelled."""
+
     async def predict_size(self, model_id: str, info: ModelInfo) -> int | None: ...
 
     async def fit(self, model_id: str, info: ModelInfo, *, sizes_only: bool = False) -> ModelFit:

@@ -84,28 +84,31 @@ class GrpcRuntime:
     async def load(self, model_id: str, info: ModelInfo, timeout_s: float) -> LoadAnswer:
         """Load a model. On any failure, unload it: the runtime must not keep partial state."""
         request = pb.LoadModelRequest(modelId=model_id, modelType=info.type, modelPath=info.path, modelKey=info.key)
-        loaded = False
+        is_kept = False
         begun_s = time.monotonic()
         try:
             answer = await self._stub.loadModel(request, timeout=timeout_s)
-            loaded = True
+            size_bytes, sizing_s = answer.sizeInBytes, 0.0
+            if not size_bytes:
+                sizing_from_s = time.monotonic()
+                size_bytes = await self._size_bytes(model_id)
+                sizing_s = time.monotonic() - sizing_from_s
+            is_kept = True
         except grpc.aio.AioRpcError as error:
             connected = self._channel.get_state() is grpc.ChannelConnectivity.READY
             raise _load_error(
                 model_id, error, timeout_s, connected=connected, is_late=time.monotonic() >= begun_s + timeout_s
             ) from None
         finally:
-            if not loaded:
-                await self._undo(model_id)
-        size_bytes, sizing_s = answer.sizeInBytes, 0.0
-        if not size_bytes:
-            begun_s = time.monotonic()
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                size_bytes = (
-                    await self._stub.modelSize(pb.ModelSizeRequest(modelId=model_id), timeout=_SIZE_S)
-                ).sizeInBytes
-            sizing_s = time.monotonic() - begun_s
+            if not is_kept:
+                await self.undo_load(model_id)
         return LoadAnswer(size_bytes, self._max_concurrency(model_id, answer.maxConcurrency), sizing_s)
+
+    async def _size_bytes(self, model_id: str) -> int:
+        """Return the size of a loaded model, 0 if the runtime does not say it."""
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            return (await self._stub.modelSize(pb.ModelSizeRequest(modelId=model_id), timeout=_SIZE_S)).sizeInBytes
+        return 0
 
     def _max_concurrency(self, model_id: str, reported: int) -> int:
         if self._limits is None or not self._limits.limit_model_concurrency:
@@ -184,8 +187,8 @@ class GrpcRuntime:
     def _watch(self) -> RuntimeWatch:
         return RuntimeWatch(self._channel, self._limits.capacity_bytes if self._limits else 0)
 
-    async def _undo(self, model_id: str) -> None:
-        """Unload after a failed load, even if the load was cancelled. An error is ignored: the runtime itself drops failed loads."""
+    async def undo_load(self, model_id: str) -> None:
+        """Implement RuntimeClient. An error is ignored: the runtime itself drops failed loads."""
         undo = asyncio.ensure_future(self.unload(model_id))
         try:
             with contextlib.suppress(Unavailable):

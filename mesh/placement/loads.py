@@ -276,14 +276,25 @@ class LocalLoads:
         self._copies.set_state(copy, CopyState.LOADING)
         started_s = time.monotonic()
         answer = await self._load_on_runtime(copy, room)
-        self._num_early += room is not None and not room.is_made
         elapsed_s = time.monotonic() - started_s
+        if room is not None and not room.is_made:
+            self._num_early += 1
+            await self._make_up_room(copy, room)
         copy.size_bytes, copy.max_concurrency = answer.size_bytes or copy.size_bytes, answer.max_concurrency
         self._sizes_bytes[copy.model_id] = copy.size_bytes
         self.times = self.times.measured(copy.model_id, copy.size_bytes, elapsed_s)
         self._metrics.loaded(copy.model_id, elapsed_s, copy.size_bytes, answer.sizing_s)
         # The runtime's own line says that the model is loaded.
         logger.debug("model %s is booked with %d bytes", copy.model_id, copy.size_bytes)
+
+    async def _make_up_room(self, copy: LocalCopy, room: DeferredRoom) -> None:
+        """Make the room of a load that the runtime ended without it: it may hold more than its capacity for a moment only."""
+        try:
+            await room.make_now()
+        except BaseException:
+            # The load was not refused, so nothing else would unload the model.
+            await self._runtime.undo_load(copy.model_id)
+            raise
 
     async def _load_on_runtime(self, copy: LocalCopy, room: DeferredRoom | None) -> LoadAnswer:
         """Load, and wait for a runtime that restarts. Make room while the runtime has no space, although the books say it has.

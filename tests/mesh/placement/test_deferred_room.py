@@ -85,6 +85,29 @@ async def test_deferred_room_is_made_when_the_runtime_refuses_because_of_space(p
     assert set(pod.runtime.loaded) == {"b"}
 
 
+async def test_deferred_room_is_made_for_a_load_that_the_runtime_ended_without_it(pod: RunningPod) -> None:
+    """Our runtime keeps weights beyond its capacity out of device memory instead of refusing them. The mesh keeps to the capacity."""
+    pod.runtime.switches.overcommits, pod.runtime.switches.load_s = True, 0.0
+    assert await pod.echo("b") == b"hi"
+    assert set(pod.runtime.loaded) == {"b"}
+    assert pod.pod.copies.usage().used_bytes == 10 * MB
+
+
+async def test_deferred_room_that_cannot_be_made_leaves_nothing_in_the_runtime(pod: RunningPod) -> None:
+    pod.runtime.switches.overcommits, pod.runtime.switches.load_s = True, 0.0
+    pod.runtime.switches.answer_s = 30.0
+    busy = asyncio.create_task(pod.echo("a"))
+    await until(lambda: pod.runtime.computing)
+    waiting = asyncio.create_task(pod.echo("b"))
+    await until(lambda: "b" in pod.runtime.loaded)
+    async with pod.http.delete("/admin/v1/models/b") as answer:
+        assert answer.status == 204
+    await until(lambda: set(pod.runtime.loaded) == {"a"})
+    with pytest.raises(grpc.aio.AioRpcError):
+        await waiting
+    busy.cancel()
+
+
 async def test_deferred_room_is_made_before_a_foreign_runtime_loads(tmp_path: Path) -> None:
     switches = Switches(capacity_bytes=15 * MB)
     async with running_pod(tmp_path / "pod", switches=switches, foreign=True) as pod:
