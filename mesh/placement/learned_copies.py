@@ -10,13 +10,18 @@ from common.clock import epoch_ms
 from mesh.registry.records import Failure, InstanceRecord, ModelRecord
 
 _KEPT_S = 15.0  # after the store is back: each pod corrects its part of the records within 10 s
-_REFUSED_S = 10.0  # a pod that was asked to load a model and then does not have it is not asked again for so long
+_REFUSED_S = 10.0  # how long a pod that has lost a model after a load is not asked to load it again
 
 
 @dataclass(slots=True)
 class _Learned:
-    """Of one model: when each pod began a load, which loads that the record lists are lost, when pods lost the model after they were asked to load
-    it, and this pod's failures. Times by pod.
+    """What was learned of one model, by pod.
+
+    Attributes:
+        gained_ms: when the pod began a load.
+        lost_ms: the time in the model's record of a load that has been lost since.
+        refused_s: when the pod lost the model after it was asked to load it, on the monotonic clock.
+        failed_ms, failures: the failures of this pod.
     """
 
     gained_ms: dict[str, int] = field(default_factory=dict)
@@ -34,20 +39,25 @@ class LearnedCopies:
         self._back_since_s: float | None = None
 
     def gained(self, model_id: str, instance_id: str) -> None:
-        """Enter that a pod has the model or loads it, as it has answered."""
+        """Record that a pod has the model or loads it, as it has answered."""
         if learned := self._of(model_id):
             learned.gained_ms[instance_id] = epoch_ms()
 
     def lost(self, model_id: str, instance_id: str, since_ms: int) -> None:
-        """Enter that a pod answered that it does not have the model. `since_ms`: the pod's time in the model's record, 0 if it is not listed."""
-        # What was learned before must not outlive its truth either when the store is back.
+        """Record that a pod answered that it does not have the model. `since_ms`: the pod's time in the model's record, 0 if it is not listed."""
+        # A copy that was learned of earlier can also be lost after the store is back.
         if learned := self._of(model_id) or self._learned.get(model_id):
             learned.lost_ms[instance_id] = since_ms
             if learned.gained_ms.pop(instance_id, 0):
                 learned.refused_s[instance_id] = time.monotonic()
 
+    def left(self, model_id: str, instance_id: str) -> None:
+        """Record that this pod gives up its copy. Like the others, which find that out when they call it, it then prefers another pod."""
+        if learned := self._of(model_id):
+            learned.refused_s[instance_id] = time.monotonic()
+
     def failed(self, model_id: str, instance_id: str, failure: Failure) -> None:
-        """Enter that a load on this pod has failed."""
+        """Record that a load on this pod has failed."""
         if learned := self._of(model_id):
             learned.failed_ms[instance_id] = epoch_ms()
             learned.failures[instance_id] = failure

@@ -126,6 +126,7 @@ class RecordUpdates:
                 use=record.use if use is None else round(use, 2),
             )
 
+        self._learned.left(model_id, self._own_id)
         await self._update(model_id, change)
 
     async def clear_failures(self, model_id: str) -> None:
