@@ -102,7 +102,6 @@ def belongs_to(model_id: str, name: str) -> bool:
     return model_id.startswith(f"{name}__") and bool(_CONCRETE.fullmatch(model_id[len(name) :]))
 
 
-@functools.lru_cache(maxsize=4096)
 @functools.lru_cache(maxsize=16_384)
 def name_in(model_id: str) -> str:
     """Return the name that an id was made from, or the id itself if it was not made from a name. Each call needs it for several metrics."""
