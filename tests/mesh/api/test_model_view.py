@@ -27,7 +27,7 @@ async def test_model_view_last_use_of_an_unused_model_is_zero(tmp_path: Path) ->
         )
         assert "loaded" in pod.runtime.loaded
         assert (await pod.model("loaded"))["last_used_ms"] == 0
-        # other files under the same name change nothing of that, until it is used; then they do not make it unused
+        # Other files under the same name do not change the time of last use, neither before the first use nor after it.
         assert (await pod.name("m", "/second"))["last_used_ms"] == 0
         await pod.chat("m")
         used_ms = (await pod.model("m"))["last_used_ms"]

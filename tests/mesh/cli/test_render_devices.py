@@ -1,4 +1,4 @@
-"""What the command line shows of models and pods with several devices, and that it shows nothing of a single one."""
+"""What the command line shows of the devices of models and pods: nothing if there is one only."""
 
 import io
 from typing import Any
