@@ -1,12 +1,32 @@
-"""How a test starts the fake engine in the real one's place."""
+"""Starts the fake engine in the place of the real one, and records what its client reports."""
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
 
 from runtime.config.schema import EngineConfig
 from runtime.engine_client.client import CommandBuilder
+from runtime.engine_client.lifecycle import EngineDeath
+from runtime.errors import RepertoryError
+
+
+class RecordingListener:
+    """Implements EngineListener. A model that the engine drops by itself fails the test."""
+
+    def __init__(self) -> None:
+        self.readied: list[set[str]] = []
+        self.deaths: list[EngineDeath] = []
+
+    def engine_ready(self, models: Collection[str]) -> None:
+        self.readied.append(set(models))
+
+    def engine_died(self, death: EngineDeath) -> None:
+        self.deaths.append(death)
+
+    def engine_dropped(self, model_id: str, error: RepertoryError) -> None:
+        raise AssertionError(model_id)
 
 
 def fake_command(

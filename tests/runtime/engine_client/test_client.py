@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import signal
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,33 +14,18 @@ from hypothesis import strategies as st
 
 from runtime.config.schema import EngineConfig
 from runtime.engine_client.client import EngineClient
-from runtime.engine_client.lifecycle import EngineDeath, EngineState
+from runtime.engine_client.lifecycle import EngineState
 from runtime.engine_client.restart_policy import RestartPolicy, Silence
 from runtime.engine_client.streams import DeliveryPacer, RowStream, merge_rows
 from runtime.errors import EngineFault, ModelNotFound, ModelTooLarge, Overloaded, RepertoryError, Unavailable
 from runtime.ipc.crash_marker import CrashMarker
 from runtime.ipc.messages import Load, RowTokens
 from runtime.types import Checkpoint, FinishReason, GenerationRequest, SamplingParams, StopParams
-from tests.support.engines import fake_command
+from tests.support.engines import RecordingListener, fake_command
 from tests.support.fake_engine import BUDGET_BYTES, FAULT, KILL, STALL
 from tests.support.waiting import until
 
 FAST = RestartPolicy(first_s=0.01, most_s=0.05, healthy_s=60.0, start_timeout_s=20.0, max_failed_starts=3)
-
-
-class Listener:
-    def __init__(self) -> None:
-        self.readied: list[set[str]] = []
-        self.deaths: list[EngineDeath] = []
-
-    def engine_ready(self, models: Collection[str]) -> None:
-        self.readied.append(set(models))
-
-    def engine_died(self, death: EngineDeath) -> None:
-        self.deaths.append(death)
-
-    def engine_dropped(self, model_id: str, error: RepertoryError) -> None:
-        raise AssertionError(model_id)
 
 
 class Command:
@@ -56,8 +41,8 @@ class Command:
 
 
 @pytest.fixture
-def listener() -> Listener:
-    return Listener()
+def listener() -> RecordingListener:
+    return RecordingListener()
 
 
 @pytest.fixture
@@ -66,7 +51,7 @@ def command(tmp_path: Path) -> Command:
 
 
 @pytest.fixture
-async def client(listener: Listener, command: Command) -> AsyncIterator[EngineClient]:
+async def client(listener: RecordingListener, command: Command) -> AsyncIterator[EngineClient]:
     client = EngineClient(EngineConfig(), command=command, restart=FAST)
     client.listen(listener)
     client.start()
@@ -156,7 +141,7 @@ async def test_engine_client_separates_a_cancelled_load_from_the_next(client: En
     assert (await client.load(load("slow"))).model_id == "slow"
 
 
-async def test_engine_client_restarts_a_dead_engine(client: EngineClient, listener: Listener) -> None:
+async def test_engine_client_restarts_a_dead_engine(client: EngineClient, listener: RecordingListener) -> None:
     await client.load(load("a"))
     await client.load(load("b"))
     bystander = asyncio.create_task(collect(client, "b", [STALL]))
@@ -172,7 +157,9 @@ async def test_engine_client_restarts_a_dead_engine(client: EngineClient, listen
     assert await collect(client, "b", [5], 2) == [6, 6]
 
 
-async def test_engine_client_blames_no_model_for_an_idle_crash(client: EngineClient, listener: Listener) -> None:
+async def test_engine_client_blames_no_model_for_an_idle_crash(
+    client: EngineClient, listener: RecordingListener
+) -> None:
     await client.load(load("a"))
     await collect(client, "a", [5], 2)
     assert client.hello is not None
@@ -184,7 +171,7 @@ async def test_engine_client_blames_no_model_for_an_idle_crash(client: EngineCli
 
 
 async def test_engine_client_blames_a_model_of_a_background_step(
-    client: EngineClient, listener: Listener, command: Command
+    client: EngineClient, listener: RecordingListener, command: Command
 ) -> None:
     """Idle turns run models to capture their graphs: without a name the engine would die of the same one for ever."""
     await client.load(load("a"))
@@ -197,7 +184,7 @@ async def test_engine_client_blames_a_model_of_a_background_step(
     assert listener.deaths[0].stepping == "a"
 
 
-async def test_engine_client_fails_a_load_at_a_crash(client: EngineClient, listener: Listener) -> None:
+async def test_engine_client_fails_a_load_at_a_crash(client: EngineClient, listener: RecordingListener) -> None:
     with pytest.raises(Unavailable):
         await client.load(load("deadly"))
     assert listener.deaths[0].loading == ("deadly",)
@@ -205,7 +192,7 @@ async def test_engine_client_fails_a_load_at_a_crash(client: EngineClient, liste
 
 async def test_engine_client_kills_a_hanging_engine() -> None:
     client = EngineClient(EngineConfig(), command=fake_command(), restart=dataclasses.replace(FAST, silence_s=0.5))
-    listener = Listener()
+    listener = RecordingListener()
     client.listen(listener)
     client.start()
     await client.wait_ready()

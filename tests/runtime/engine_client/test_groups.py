@@ -1,44 +1,29 @@
 """Several engines behind one object: models are spread, counted in all, and die with their own engine only."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 
 from runtime.config.schema import EngineConfig
 from runtime.engine_client.groups import EngineGroups
-from runtime.engine_client.lifecycle import EngineDeath, EngineState
+from runtime.engine_client.lifecycle import EngineState
 from runtime.engine_client.placement import Wanted
 from runtime.engine_client.restart_policy import RestartPolicy
-from runtime.errors import LoadFailed, ModelNotFound, ModelTooLarge, RepertoryError, Unavailable
+from runtime.errors import LoadFailed, ModelNotFound, ModelTooLarge, Unavailable
 from runtime.ipc.messages import Load
 from runtime.types import Checkpoint, GenerationRequest, ModelFacts, SamplingParams, StopParams
-from tests.support.engines import fake_command
+from tests.support.engines import RecordingListener, fake_command
 from tests.support.fake_engine import BUDGET_BYTES, KILL
 
 FAST = RestartPolicy(first_s=0.01, most_s=0.05, start_timeout_s=20.0, max_failed_starts=3)
 
 
-class Listener:
-    def __init__(self) -> None:
-        self.readied: list[set[str]] = []
-        self.deaths: list[EngineDeath] = []
-
-    def engine_ready(self, models: Collection[str]) -> None:
-        self.readied.append(set(models))
-
-    def engine_died(self, death: EngineDeath) -> None:
-        self.deaths.append(death)
-
-    def engine_dropped(self, model_id: str, error: RepertoryError) -> None:
-        raise AssertionError(model_id)
-
-
 @asynccontextmanager
-async def running(*sizes: int) -> AsyncIterator[tuple[EngineGroups, Listener]]:
+async def running(*sizes: int) -> AsyncIterator[tuple[EngineGroups, RecordingListener]]:
     configs = [EngineConfig(device="cpu", tensor_parallel=size) for size in sizes]
-    groups, listener = EngineGroups(configs, command=fake_command(), restart=FAST), Listener()
+    groups, listener = EngineGroups(configs, command=fake_command(), restart=FAST), RecordingListener()
     groups.listen(listener)
     groups.start()
     await groups.wait_ready()

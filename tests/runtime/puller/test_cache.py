@@ -14,10 +14,7 @@ import pytest
 from runtime.errors import Cancelled, ModelTooLarge, Overloaded
 from runtime.puller.cache import Cache
 from runtime.puller.progress import PullJob
-
-
-def job() -> PullJob:
-    return PullJob(lambda progress: None)
+from tests.support.sources import job
 
 
 def put(cache: Cache, key: str, size: int) -> None:

@@ -9,23 +9,11 @@ import pytest
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed
 from runtime.puller.progress import PullJob
-from runtime.puller.source import RemoteFile, Source
+from runtime.puller.source import RemoteFile
 from runtime.puller.sources.http_client import HttpClient
-from runtime.puller.sources.resolve import locate
-from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
-from tests.support.sources import ANYWHERE, OPEN
+from tests.support.sources import ANYWHERE, OPEN, job, source_of
 from tests.support.web import WebServer
-
-
-def job() -> PullJob:
-    return PullJob(lambda progress: None)
-
-
-def source_of(uri: str, config: RuntimeConfig, storage_key: str | None = None, **params: str) -> Source:
-    place = locate(ModelSource(uri, storage_key, params), config)
-    assert not isinstance(place, Path)
-    return place
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from runtime.errors import Cancelled, LoadFailed
 from runtime.puller.adapter.files import inspect_adapter
 from runtime.puller.adapter.packing import narrowed, pack_adapter, size_of
-from runtime.puller.progress import PullJob
 from tests.support.adapters import TARGETS, peft_model, save_adapter
 from tests.support.families import family
+from tests.support.sources import job
 from tests.support.tiny_models import tiny
 
 MAX_RANK = 64
@@ -35,10 +35,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attention only": {"r": 33, "target_modules": ["q_proj", "v_proj"]},
     "gaussian": {"r": 8, "init_lora_weights": "gaussian"},
 }
-
-
-def job() -> PullJob:
-    return PullJob(lambda progress: None)
 
 
 def packed(folder: Path, out: Path, dtype: str = "float32") -> dict[str, torch.Tensor]:

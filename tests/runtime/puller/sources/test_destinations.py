@@ -14,27 +14,16 @@ from common.errors import ConfigError
 from runtime.config.schema import RuntimeConfig
 from runtime.errors import InvalidRequest, LoadFailed
 from runtime.puller.checkpoint_check import Policy, inspect
-from runtime.puller.progress import PullJob
 from runtime.puller.safetensors_header import read_header
-from runtime.puller.source import Source
 from runtime.puller.sources.destinations import Destinations
 from runtime.puller.sources.http_client import HttpClient
 from runtime.puller.sources.resolve import locate
 from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
+from tests.support.sources import job, source_of
 from tests.support.web import WebServer
 
 PUBLIC = Destinations()
-
-
-def job() -> PullJob:
-    return PullJob(lambda progress: None)
-
-
-def source_of(uri: str, config: RuntimeConfig, storage_key: str | None = None, **params: str) -> Source:
-    place = locate(ModelSource(uri, storage_key, params), config)
-    assert not isinstance(place, Path)
-    return place
 
 
 @pytest.mark.parametrize(

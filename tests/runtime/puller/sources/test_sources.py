@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,8 +15,7 @@ from runtime.errors import Cancelled, InvalidRequest, LoadFailed
 from runtime.models.model_state import Phase, Progress
 from runtime.puller.cache import Cache
 from runtime.puller.preparer import CheckpointPreparer
-from runtime.puller.progress import PullJob
-from runtime.puller.source import RemoteFile, Source, wanted
+from runtime.puller.source import RemoteFile, wanted
 from runtime.puller.sources.http_client import HttpClient
 from runtime.puller.sources.http_source import WebSource
 from runtime.puller.sources.huggingface import HubSource
@@ -27,18 +25,8 @@ from runtime.puller.sources.storage_config import storage_options
 from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
 from tests.support.smollm2 import gguf_path
-from tests.support.sources import ANYWHERE, OPEN
+from tests.support.sources import ANYWHERE, OPEN, job, source_of
 from tests.support.web import WebServer
-
-
-def job() -> PullJob:
-    return PullJob(lambda progress: None)
-
-
-def source_of(uri: str, config: RuntimeConfig | None = None, **source: Any) -> Source:
-    place = locate(ModelSource(uri, **source), config or OPEN)
-    assert not isinstance(place, Path)
-    return place
 
 
 async def test_web_source_pulls_once_and_resumes(web: WebServer, tmp_path: Path) -> None:
