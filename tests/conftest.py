@@ -1,11 +1,14 @@
 """Provides what all areas share: a real etcd, Triton's interpreter where there is no GPU, the order of files, and the cases that coverage measures."""
 
 import gc
+import importlib
 import os
+import pkgutil
 from collections import Counter
 from collections.abc import Generator, Iterator
 from typing import Any
 
+import hypothesis.internal
 import pytest
 import torch
 
@@ -61,7 +64,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Exempt what was imported and collected from garbage collection, which would look through its two million objects again and again."""
+    """Exempt what was imported and collected from garbage collection, which would look through its two million objects again and again.
+
+    Hypothesis imports some of its modules when a test needs them. pytest parses them, which can fail like that in `pytest_runtest_makereport`.
+    """
+    for module in pkgutil.walk_packages(hypothesis.internal.__path__, f"{hypothesis.internal.__name__}."):
+        importlib.import_module(module.name)
     gc.collect()
     gc.freeze()
 
