@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from runtime.engine.kernels.linear4 import linear_4bit
-from runtime.engine.kernels.linear8 import linear_fp8, linear_int8
+from runtime.engine.kernels.linear8 import linear_8bit
 from runtime.engine.kernels.scratch import Scratch
 
 BYTES_PER_S = 4.2e12
@@ -95,12 +95,12 @@ def measure(num_rows: int, num_outputs: int, in_features: int, scratch: Scratch,
     def int8() -> Callable[[], object]:
         weight = torch.randint(-127, 128, (num_outputs, in_features), device="cuda", dtype=torch.int8)
         scale = torch.rand(num_outputs, device="cuda")
-        return lambda: linear_int8(x, weight, scale, out=out, scratch=scratch)
+        return lambda: linear_8bit(x, weight, scale, out=out, scratch=scratch)
 
     def fp8() -> Callable[[], object]:
         weight = torch.randn(num_outputs, in_features, device="cuda").to(torch.float8_e4m3fn)
         scale = torch.rand(num_outputs, device="cuda")
-        return lambda: linear_fp8(x, weight, scale, out=out, scratch=scratch)
+        return lambda: linear_8bit(x, weight, scale, out=out, scratch=scratch)
 
     add("bf16", 2 * size, bf16)
     add("NF4", size // 2 + size // 16, lambda: four_bits("nf4"))

@@ -12,6 +12,7 @@ from runtime.engine.kernels.codebooks import Codebook, codebook_values
 from runtime.engine.kernels.gpu import linear4 as gpu4
 from runtime.engine.kernels.gpu import linear8 as gpu8
 from runtime.engine.kernels.gpu.linear4_triton import lookup_tables
+from runtime.engine.kernels.quantized_rows import quantize_rows
 from runtime.engine.kernels.scratch import Scratch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -143,9 +144,9 @@ def test_int8_twin_is_bitsandbytes() -> None:
     x_int, x_absmax, _ = bitsandbytes.functional.int8_vectorwise_quant(x)
     w_int, w_absmax, _ = bitsandbytes.functional.int8_vectorwise_quant(weight)
     expected = (x_int.double() @ w_int.double().t()) * x_absmax.double()[:, None] * w_absmax.double() / 127**2
-    quantized, _ = linear8.quantize_rows_torch(x)
-    assert (quantized.int() - x_int.int()).abs().max() <= 1
-    ours = linear8.linear_int8(x, w_int, w_absmax.float() / 127)
+    quantized = quantize_rows(x, torch.int8)
+    assert (quantized.codes.int() - x_int.int()).abs().max() <= 1
+    ours = linear8.linear_8bit(x, w_int, w_absmax.float() / 127)
     assert _relative_error(ours, expected) < 2e-3
 
 
@@ -160,9 +161,10 @@ def test_int8_kernel_equals_twin(
     x = torch.randn(num_rows, in_features, device=device).to(dtype)
     bias = torch.randn(num_outputs, device=device).to(dtype) if num_rows % 2 else None
     ours, twin = x.new_full((2, num_rows, num_outputs), torch.nan)
-    scratch = Scratch.allocate(device, partial_elements=1 << 18, num_counters=64, staging_bytes=1 << 15)
-    gpu8.linear_int8(x, weight, scale, bias, ours, scratch)
-    linear8.linear_int8_torch(x, weight, scale, bias, twin)
+    scratch = Scratch.allocate(device, partial_elements=1 << 18, num_counters=64)
+    rows = quantize_rows(x, torch.int8)
+    gpu8.linear_8bit(rows, weight, scale, bias, ours, scratch)
+    linear8.linear_8bit_torch(rows, weight, scale, bias, twin)
     assert _relative_error(ours, twin) < {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
     assert scratch.counters.count_nonzero() == 0
 
@@ -171,5 +173,5 @@ def test_int8_rows_of_zeros(device: torch.device) -> None:
     x = torch.zeros(17, 64, device=device)
     weight, scale = _int8(8, 64, device)
     ours = x.new_full((17, 8), torch.nan)
-    gpu8.linear_int8(x, weight, scale, None, ours, None)
+    gpu8.linear_8bit(quantize_rows(x, torch.int8), weight, scale, None, ours, None)
     assert torch.equal(ours, torch.zeros_like(ours))

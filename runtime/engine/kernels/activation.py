@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from runtime.engine.kernels.quantized_rows import QuantizedRows, quantize_rows_torch
+
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 
 # The number of each activation in the kernels, Triton and CUDA alike.
@@ -27,6 +29,18 @@ def act_mul(gate_up: Tensor, kind: Activation, out: Tensor | None = None) -> Ten
         activation.act_mul(gate_up, kind, out)
     else:
         act_mul_torch(gate_up, kind, out)
+    return out
+
+
+def act_mul_quantized(gate_up: Tensor, kind: Activation, codes: torch.dtype) -> QuantizedRows:
+    """Return act(gate) × up of `gate_up` [..., 2I], rounded to its type and quantised by row to `codes`. This is one launch on a GPU."""
+    out = QuantizedRows.empty(gate_up, gate_up.shape[-1] // 2, codes)
+    if gate_up.is_cuda:
+        from runtime.engine.kernels.gpu import activation
+
+        activation.act_mul_quantized(gate_up, kind, out)
+    else:
+        quantize_rows_torch(act_mul(gate_up, kind), out)
     return out
 
 

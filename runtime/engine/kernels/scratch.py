@@ -12,10 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Scratch:
-    """`partials` is float32, `counters` int32 zeros, `staging` uint8 for a dequantised weight or quantised activations.
-
-    `staging` may be empty.
-    """
+    """`partials` is float32, `counters` int32 zeros, `staging` uint8 for a dequantised weight. `staging` may be empty."""
 
     partials: torch.Tensor
     counters: torch.Tensor

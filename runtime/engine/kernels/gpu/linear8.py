@@ -1,6 +1,6 @@
-"""The linears over int8 and e4m3 weights in Triton: one launch quantises the rows of x, another multiplies W · xᵀ in 8 bits.
+"""The linear over int8 and e4m3 weights in Triton, which multiplies W · xᵀ in 8 bits.
 
-From MAX_ROWS rows on, torch's product of e4m3 matrices is faster (docs/benchmarks/linear.md).
+Above MAX_ROWS rows torch's product of e4m3 matrices is faster (docs/benchmarks/linear.md).
 """
 
 import torch
@@ -8,32 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.checkpoint.fp8 import LARGEST
 from runtime.engine.kernels.gpu import pdl
+from runtime.engine.kernels.quantized_rows import QuantizedRows
 from runtime.engine.kernels.scratch import Scratch
 
 MAX_ROWS = 128  # of e4m3 products in Triton
 _MULTIPLE = 16  # of the sizes that torch's product of e4m3 matrices takes
 _PROCESSORS = 132  # multiprocessors of the GPU that the tilings were measured on
-
-
-@triton.jit
-def _quantize_kernel(
-    x_ptr, q_ptr, scale_ptr, x_stride, K, LARGEST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
-    pdl.begin(PDL)
-    pdl.wait(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    mask = cols < K
-    x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    absmax = tl.max(tl.abs(x), axis=0)
-    q = x * tl.where(absmax > 0, LARGEST / tl.where(absmax > 0, absmax, 1.0), 0.0)
-    if q_ptr.dtype.element_ty == tl.int8:
-        # Adding and subtracting 1.5 · 2^23 rounds to the nearest integer, halves to even.
-        q = (q + 12582912.0) - 12582912.0
-    tl.store(q_ptr + row * K + cols, q.to(q_ptr.dtype.element_ty), mask=mask)
-    tl.store(scale_ptr + row, absmax / LARGEST)
 
 
 @triton.jit(do_not_specialize=["M", "steps_each"])
@@ -114,35 +95,26 @@ def _linear8_kernel(
     tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
 
 
-def linear_int8(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, scratch: Scratch | None
+def linear_8bit(
+    x: QuantizedRows, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, scratch: Scratch | None
 ) -> None:
-    """See runtime.engine.kernels.linear8.linear_int8."""
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] == 0:
-        return
-    launch(rows, weight, scale, bias, out, scratch, *tiling(rows.shape[0], weight.shape[0], rows.shape[1]))
-
-
-def linear_fp8(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, scratch: Scratch | None
-) -> None:
-    """See runtime.engine.kernels.linear8.linear_fp8."""
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] == 0:
-        return
+    """See runtime.engine.kernels.linear8.linear_8bit."""
     num_outputs, in_features = weight.shape
-    aligned = num_outputs % _MULTIPLE == 0 and in_features % _MULTIPLE == 0
-    if rows.shape[0] <= MAX_ROWS or rows.dtype is not torch.bfloat16 or not aligned:
-        launch(rows, weight, scale, bias, out, scratch, *tiling(min(rows.shape[0], 256), num_outputs, in_features))
+    num_rows = len(x.codes)
+    if num_rows == 0:
         return
-    codes, row_scale = quantize_rows(rows, scratch, weight.dtype)
-    products = out.view(-1, num_outputs)
-    torch._scaled_mm(
-        codes, weight.t(), row_scale[:, None], scale[None], out_dtype=rows.dtype, use_fast_accum=True, out=products
-    )
-    if bias is not None:
-        products += bias
+    aligned = num_outputs % _MULTIPLE == 0 and in_features % _MULTIPLE == 0
+    if weight.dtype is torch.int8:
+        launch(x, weight, scale, bias, out, scratch, *tiling(num_rows, num_outputs, in_features))
+    elif num_rows <= MAX_ROWS or x.dtype is not torch.bfloat16 or not aligned:
+        launch(x, weight, scale, bias, out, scratch, *tiling(min(num_rows, 256), num_outputs, in_features))
+    else:
+        products = out.view(num_rows, num_outputs)
+        torch._scaled_mm(
+            x.codes, weight.t(), x.scale[:, None], scale[None], out_dtype=x.dtype, use_fast_accum=True, out=products
+        )
+        if bias is not None:
+            products += bias
 
 
 def tiling(num_rows: int, num_outputs: int, in_features: int) -> tuple[int, int, int, int, int, int]:
@@ -162,7 +134,7 @@ def tiling(num_rows: int, num_outputs: int, in_features: int) -> tuple[int, int,
 
 
 def launch(
-    rows: Tensor,
+    x: QuantizedRows,
     weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
@@ -176,7 +148,7 @@ def launch(
     num_stages: int,
 ) -> None:
     """Launch with a given tiling."""
-    num_rows, in_features = rows.shape
+    num_rows, in_features = x.codes.shape
     num_outputs = weight.shape[0]
     tiles_n, tiles_m = triton.cdiv(num_outputs, block_n), triton.cdiv(num_rows, block_m)
     num_steps = triton.cdiv(in_features, block_k)
@@ -186,16 +158,15 @@ def launch(
     if splits > 1:
         elements = tiles_n * tiles_m * splits * block_n * block_m
         if scratch is None:
-            held = Scratch.allocate(rows.device, partial_elements=elements, num_counters=tiles_n * tiles_m)
+            held = Scratch.allocate(weight.device, partial_elements=elements, num_counters=tiles_n * tiles_m)
             partials, counters = held.partials, held.counters
         elif scratch.holds(elements, tiles_n * tiles_m):
             partials, counters = scratch.partials, scratch.counters
         else:
             steps_each, splits = num_steps, 1
-    x, x_scale = quantize_rows(rows, scratch, weight.dtype)
     _linear8_kernel[(tiles_n, splits, tiles_m)](
-        x,
-        x_scale,
+        x.codes,
+        x.scale,
         weight,
         scale,
         bias if bias is not None else scale,
@@ -205,46 +176,18 @@ def launch(
         num_rows,
         num_outputs,
         in_features,
-        x.stride(0),
+        x.codes.stride(0),
         steps_each,
         HAS_BIAS=bias is not None,
         SPLIT=splits > 1,
         EVEN_N=num_outputs % block_n == 0,
         EVEN_K=in_features % block_k == 0,
-        WIDEN=not rows.is_cuda and weight.dtype is not torch.int8,
+        WIDEN=not weight.is_cuda and weight.dtype is not torch.int8,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        PDL=pdl.overlaps(rows),
+        PDL=pdl.overlaps(weight),
         num_warps=num_warps,
         num_stages=num_stages,
-        **pdl.options(rows),
+        **pdl.options(weight),
     )
-
-
-def quantize_rows(rows: Tensor, scratch: Scratch | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the codes [M, K], int8 or e4m3, and float32 scales [M] of `rows`, in scratch memory if it is large enough."""
-    num_rows, in_features = rows.shape
-    scale_bytes = 4 * num_rows
-    # The codes come first, because matrix loads need 16-byte alignment.
-    padded = -(-rows.numel() // 16) * 16
-    if scratch is not None and scratch.staging.numel() >= padded + scale_bytes:
-        memory = scratch.staging
-    else:
-        memory = torch.empty(padded + scale_bytes, dtype=torch.uint8, device=rows.device)
-    x = memory[: rows.numel()].view(dtype).view(num_rows, in_features)
-    x_scale = memory[padded : padded + scale_bytes].view(torch.float32)
-    block = triton.next_power_of_2(in_features)
-    _quantize_kernel[(num_rows,)](
-        rows,
-        x,
-        x_scale,
-        rows.stride(0),
-        in_features,
-        LARGEST=127.0 if dtype is torch.int8 else LARGEST,
-        BLOCK=block,
-        PDL=pdl.overlaps(rows),
-        num_warps=4 if block <= 4096 else 8,
-        **pdl.options(rows),
-    )
-    return x, x_scale

@@ -15,11 +15,13 @@ from common.model_key import Quantization
 from runtime.checkpoint.adapter_layout import AdapterTarget
 from runtime.engine.kernels.activation import act_mul
 from runtime.engine.kernels.norm import add_rms_norm, rms_norm
+from runtime.engine.kernels.quantized_rows import QuantizedRows
 from runtime.engine.memory.weight_readiness import WeightReadiness
 from runtime.engine.model.run.adapters import AdapterSite
 from runtime.engine.model.run.attention import attend, rope_write
 from runtime.engine.model.run.fused_spec import HeadPart, LayerSpec, LinearRef, StackSpec
-from runtime.engine.model.run.linear import AllReduce, Linear, gated, make_linear
+from runtime.engine.model.run.layer_inputs import gated, input_codes, normed, product
+from runtime.engine.model.run.linear import AllReduce, Linear, make_linear
 from runtime.engine.model.run.rope import RotaryTable
 from runtime.engine.model.run.step import StepContext
 
@@ -128,10 +130,11 @@ class FusedStack:
         for index, layer in enumerate(self._layers):
             if arriving:
                 self._arrival.wait(layer.group)
-            if branch is None:
-                hidden = rms_norm(residual, layer.input_norm, eps, plus_one)
-            else:
-                hidden, residual = add_rms_norm(branch, residual, layer.input_norm, eps, plus_one)
+            # Adapters read what the layers read, before it is quantised.
+            qkv_codes, gate_up_codes, down_codes = (
+                None if adapted else input_codes(linear) for linear in (layer.qkv, layer.gate_up, layer.down)
+            )
+            hidden, residual = normed(branch, residual, layer.input_norm, eps, plus_one, qkv_codes)
             cos, sin = turns[layer.spec.rope_key]
             q = rope_write(
                 step,
@@ -149,11 +152,12 @@ class FusedStack:
                 mixed, residual = mixed.index_select(0, logits_at), residual.index_select(0, logits_at)
             out = _product(step, layer.out, layer.sites, "out", mixed)
             branch = self._scaled(self._summed(out), layer.after_attention_norm)
-            hidden, residual = add_rms_norm(branch, residual, layer.mlp_norm, eps, plus_one)
+            hidden, residual = normed(branch, residual, layer.mlp_norm, eps, plus_one, gate_up_codes)
+            inner: Tensor | QuantizedRows
             if adapted:
                 inner = act_mul(_product(step, layer.gate_up, layer.sites, "gate_up", hidden), spec.activation)
             else:
-                inner = gated(layer.gate_up, hidden, spec.activation, step.scratch)
+                inner = gated(layer.gate_up, hidden, spec.activation, down_codes, step.scratch)
             down = _product(step, layer.down, layer.sites, "down", inner)
             branch = self._scaled(self._summed(down), layer.after_mlp_norm)
 
@@ -162,10 +166,10 @@ class FusedStack:
         assert branch is not None, "a stack has layers"
         if adapted and not step.each_samples:
             branch, residual = branch.index_select(0, logits_at), residual.index_select(0, logits_at)
-        hidden, _ = add_rms_norm(branch, residual, self._norm, eps, plus_one)
+        last, _ = add_rms_norm(branch, residual, self._norm, eps, plus_one)
         if step.num_hidden:
-            hidden, step.hidden = hidden.tensor_split((len(hidden) - step.num_hidden,))
-        logits = self._of_all_tokens(self._lm_head(hidden, step.scratch))
+            last, step.hidden = last.tensor_split((len(last) - step.num_hidden,))
+        logits = self._of_all_tokens(self._lm_head(last, step.scratch))
         if spec.logits_divisor != 1.0:
             logits.div_(spec.logits_divisor)
         if spec.logits_softcap:
@@ -208,12 +212,13 @@ def _product(
     linear: Linear,
     sites: _Sites | None,
     group: Literal["qkv", "out", "gate_up", "down"],
-    x: Tensor,
+    x: Tensor | QuantizedRows,
 ) -> Tensor:
     """Return the output of one group of a layer, with that of the step's adapters."""
     if step.adapters is None:
-        return linear(x, step.scratch)
+        return product(linear, x, step.scratch)
     assert sites is not None, "the stack was built without adapters"
+    assert isinstance(x, Tensor), "adapters take activations that are not quantised"
     return step.adapters.around(getattr(sites, group), x, lambda: linear(x, step.scratch), step.scratch)
 
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.model_key import Quantization
-from runtime.engine.kernels.activation import Activation, act_mul
 from runtime.engine.kernels.linear4 import linear_4bit, warm
-from runtime.engine.kernels.linear8 import linear_fp8, linear_int8
+from runtime.engine.kernels.linear8 import linear_8bit
 from runtime.engine.kernels.linear16 import linear_16bit, serves
+from runtime.engine.kernels.quantized_rows import QuantizedRows
 from runtime.engine.kernels.scratch import Scratch
 from runtime.engine.model.cpu.linear import CpuLinear, CpuLinear4, CpuLinear8, CpuLinearFp8
 from runtime.engine.model.run.adapters import AdapterSite, StepPort
@@ -52,35 +52,17 @@ class Linear4:
 
 @dataclass(frozen=True, slots=True)
 class Linear8:
-    """An int8 layer as bitsandbytes quantises rows: `weight` int8 [N, K], `scale` float32 [N]."""
+    """An 8-bit layer: `weight` [N, K], int8 as bitsandbytes quantises rows or float8_e4m3fn, and `scale` float32 [N] of its rows.
+
+    Input that is quantised already must be codes of the weight's type.
+    """
 
     weight: Tensor
     scale: Tensor
     bias: Tensor | None = None
 
-    def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
-        return linear_int8(x, self.weight, self.scale, self.bias, scratch=scratch)
-
-
-@dataclass(frozen=True, slots=True)
-class LinearFp8:
-    """An fp8 layer: `weight` float8_e4m3fn [N, K], `scale` float32 [N] of its rows."""
-
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor | None = None
-
-    def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
-        return linear_fp8(x, self.weight, self.scale, self.bias, scratch=scratch)
-
-
-def gated(linear: Linear, x: Tensor, activation: Activation, scratch: Scratch | None) -> Tensor:
-    """Return act(gate) × up for a layer whose output is gate followed by up, in one launch if the kernel supports it."""
-    if isinstance(linear, PlainLinear) and serves(x, linear.weight):
-        return linear_16bit(x, linear.weight, linear.bias, activation, scratch=scratch)
-    if isinstance(linear, Linear4):
-        return linear_4bit(x, linear.weight, linear.absmax, linear.codebook, linear.bias, activation, scratch=scratch)
-    return act_mul(linear(x, scratch), activation)
+    def __call__(self, x: Tensor | QuantizedRows, scratch: Scratch | None = None) -> Tensor:
+        return linear_8bit(x, self.weight, self.scale, self.bias, scratch=scratch)
 
 
 AllReduce = Callable[[Tensor], Tensor]
@@ -125,5 +107,5 @@ def make_linear(name: str, views: dict[str, Tensor], quantization: Quantization)
     if scale is not None and weight.dtype is torch.int8:
         return CpuLinear8(weight, scale, bias) if on_host else Linear8(weight, scale, bias)
     if scale is not None and weight.dtype is torch.float8_e4m3fn:
-        return CpuLinearFp8(weight, scale, bias) if on_host else LinearFp8(weight, scale, bias)
+        return CpuLinearFp8(weight, scale, bias) if on_host else Linear8(weight, scale, bias)
     return CpuLinear(weight, bias) if on_host else PlainLinear(weight, bias)
