@@ -251,6 +251,9 @@ class _Runner:
     def launch_forward(self, plan: StepPlan, padded_to: Bucket | None = None) -> None:
         raise NotImplementedError("simulated requests have no grammar")
 
+    def mask_lines(self, count: int) -> TokenMasks:
+        raise NotImplementedError("simulated requests have no grammar")
+
     def launch_draws(self, masks: TokenMasks) -> _Step:
         raise NotImplementedError("simulated requests have no grammar")
 

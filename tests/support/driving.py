@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -250,12 +249,12 @@ class RunnerDriver:
         if not plan.masked:
             return launch(self.runner, plan).collect()
         launch_forward(self.runner, plan)
-        vocab, masks = self.runner.facts.vocab_size, []
-        for slot in plan.masked:
+        vocab, masks = self.runner.facts.vocab_size, self.runner.mask_lines(len(plan.masked))
+        for line, slot in zip(masks, plan.masked, strict=True):
             allowed = rows[slot].ask.allowed
             assert allowed is not None
-            masks.append(pack(allowed(rows[slot].said), vocab))
-        return self.runner.launch_draws(np.stack(masks)).collect()
+            line[:] = pack(allowed(rows[slot].said), vocab)
+        return self.runner.launch_draws(masks).collect()
 
     def _plan(self, plan: StepPlan, row: _Row, budget: int) -> None:
         left = len(row.tokens) - row.done

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.model_key import Quantization
-from runtime.engine.grammar.interfaces import TokenMasks
+from runtime.engine.grammar.interfaces import TokenMasks, mask_words
 from runtime.engine.interfaces import (
     AdapterResult,
     Bucket,
@@ -386,6 +386,9 @@ class FakeRunner:
     def launch_forward(self, plan: StepPlan, padded_to: Bucket | None = None) -> None:
         assert plan.masked
         self.undrawn = plan
+
+    def mask_lines(self, count: int) -> TokenMasks:
+        return np.full((count, mask_words(self.facts.vocab_size)), -1, np.int32)
 
     def launch_draws(self, masks: TokenMasks) -> FakeLaunched:
         plan, self.undrawn = self.undrawn, None

@@ -118,6 +118,10 @@ class OperationExecutor:
             self._record(RunForward(model_id, plan, padded_to))
         self._models[model_id].runner.launch_forward(plan, padded_to)
 
+    def mask_lines(self, model_id: str, count: int) -> TokenMasks:
+        """Return memory for the masks of a model's next draws, when those before have been collected."""
+        return self._models[model_id].runner.mask_lines(count)
+
     def launch_draws(self, model_id: str, masks: TokenMasks) -> Launched:
         """Launch the draws of the last forward pass. `masks` has one line per masked row of its plan."""
         if self._record is not None:

@@ -208,7 +208,8 @@ class EngineLoop:
                 failed = self._settle_before_draws(model)
                 began_s = time.perf_counter()
                 # while the device computes
-                masks = fill_masks(step.masked_sequences(), model.facts.vocab_size, self._compute_masks)
+                lines = self._executor.mask_lines(model.model_id, len(step.plan.masked))
+                masks = fill_masks(step.masked_sequences(), lines, self._compute_masks)
                 self.table.count_masks(len(masks.words), time.perf_counter() - began_s)
                 launched = self._executor.launch_draws(model.model_id, masks.words)
             else:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.engine.grammar.interfaces import MaskSource, TokenMasks, mask_words
+from runtime.engine.grammar.interfaces import MaskSource, TokenMasks
 from runtime.engine.scheduler.sequence import Sequence, State
 
 _ALL_ALLOWED = -1
@@ -24,15 +24,15 @@ class StepMasks:
 
 def fill_masks(
     sequences: Iterable[Sequence],
-    vocab_size: int,
+    words: TokenMasks,
     compute: Callable[[list[MaskSource | None], TokenMasks], None] = lambda sources, words: None,
 ) -> StepMasks:
-    """Ask every sequence's source for the mask of its next token. An error of a source is a failure of its sequence alone.
+    """Write the mask of every sequence's next token to its line of `words`. An error of a source is a failure of its sequence alone.
 
     `compute` is called first: see `MaskSources.compute`.
     """
     masked = list(sequences)
-    words = np.zeros((len(masked), mask_words(vocab_size)), np.int32)
+    words[:] = 0
     compute([s.mask_source if s.state is State.RUNNING else None for s in masked], words)
     failures: list[tuple[Sequence, str]] = []
     for line, sequence in zip(words, masked, strict=True):
@@ -48,7 +48,7 @@ def fill_masks(
                 f"its grammar failed after {sequence.num_output_tokens} output tokens: {type(error).__name__}: {error}"
             )
             failures.append((sequence, text))
-    for index in np.flatnonzero(~words.any(axis=1)):
+    for index in np.flatnonzero(np.bitwise_or.reduce(words, axis=1) == 0):
         words[index] = _ALL_ALLOWED
         text = f"its grammar allows no token after {masked[index].num_output_tokens} output tokens"
         failures.append((masked[index], text))

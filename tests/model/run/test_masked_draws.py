@@ -138,3 +138,15 @@ def test_masked_step_never_waits_for_the_device() -> None:
     for _ in range(3):
         assert steps("error") == first
         capture_all(driver.state.graphs, {"tiny": driver.runner})
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_mask_lines_keep_their_memory_until_they_grow(device: str) -> None:
+    runner = Driver(*hooked(family("llama").to(device), device=device), chaos=False).runner
+    two = runner.mask_lines(2)
+    assert two.shape == (2, -(-VOCAB // 32))
+    assert np.shares_memory(two, runner.mask_lines(5))
+    assert torch.from_numpy(two).is_pinned() == (device == "cuda")
+    many = runner.mask_lines(100)
+    assert many.shape == (100, -(-VOCAB // 32))
+    assert not np.shares_memory(two, many)

@@ -1,4 +1,4 @@
-"""Applies the token masks of one step to its logits, with one copy to the device for all rows."""
+"""Holds the token masks of one step, and applies them to its logits with one copy to the device for all rows."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,6 +9,24 @@ from runtime.engine.grammar.interfaces import TokenMasks
 from runtime.engine.kernels.token_mask import apply_token_masks
 from runtime.engine.model.run.logits_processors import LogitsProcessors
 from runtime.engine.model.run.row_state import to_device
+
+_LEAST_LINES = 16
+
+
+class MaskMemory:
+    """Host memory for the masks of one model's steps: pinned, where the device copies from it."""
+
+    def __init__(self, num_words: int, device: torch.device) -> None:
+        self._num_words = num_words
+        self._pins = device.type == "cuda"
+        self._lines: TokenMasks = np.empty((0, num_words), np.int32)
+
+    def lines(self, count: int) -> TokenMasks:
+        """Return `count` lines [count, num_words] with any content. Every call returns the same memory, unless it must grow."""
+        if count > len(self._lines):
+            capacity = max(_LEAST_LINES, 1 << (count - 1).bit_length())
+            self._lines = torch.empty((capacity, self._num_words), dtype=torch.int32, pin_memory=self._pins).numpy()
+        return self._lines[:count]
 
 
 class StepMaskLines:

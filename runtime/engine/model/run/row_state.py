@@ -53,9 +53,15 @@ class RowState:
 
 
 def to_device(array: "npt.NDArray[np.generic]", device: torch.device) -> torch.Tensor:
-    """Copy `array` to the device without waiting for it. Torch keeps the pinned copy until the transfer is over."""
+    """Copy `array` to the device without waiting for it.
+
+    If the array is in pinned memory, it must keep its content until the transfer is over. Of another one torch keeps a pinned copy until then.
+    """
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    if device.type != "cuda":
+        return tensor
+    pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+    return pinned.to(device, non_blocking=True)
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from runtime.config.schema import EngineConfig
-from runtime.engine.grammar.interfaces import TokenMasks
+from runtime.engine.grammar.interfaces import TokenMasks, mask_words
 from runtime.engine.interfaces import Bucket, GraphChoice, RowSetup, StepPlan
 from runtime.engine.kernels.adapters import max_chunks
 from runtime.engine.kernels.argmax import draw_largest, largest
@@ -23,7 +23,7 @@ from runtime.engine.model.run.cuda_graphs import ModelGraphs
 from runtime.engine.model.run.device_state import DeviceState
 from runtime.engine.model.run.input_buffers import StepShape
 from runtime.engine.model.run.logprobs import LogprobRows, StepLogprobs, score
-from runtime.engine.model.run.mask_lines import StepMaskLines
+from runtime.engine.model.run.mask_lines import MaskMemory, StepMaskLines
 from runtime.engine.model.run.pooling import PooledRows, pool, pooled_tokens
 from runtime.engine.model.run.result_ring import StepLaunched
 from runtime.engine.model.run.row_state import to_device
@@ -68,6 +68,7 @@ class ModelRunner:
         self._sampler = Sampler(built.vocab_size, state.rows)
         self._logprobs = LogprobRows()
         self._undrawn: _ForwardPass | None = None
+        self._mask_memory = MaskMemory(mask_words(built.vocab_size), state.device)
         likely = tuple(dict.fromkeys(bucket.within(state.max_rows, state.max_tokens) for bucket in standard()))
         self._graphs = ModelGraphs(
             facts.model_id, state.graphs, state.uploads.blank, self.run_padded, weights_ready, likely
@@ -106,6 +107,9 @@ class ModelRunner:
     @torch.inference_mode()
     def launch_forward(self, plan: StepPlan, padded_to: Bucket | None = None) -> None:
         self._undrawn = self._begin(plan, padded_to)
+
+    def mask_lines(self, count: int) -> TokenMasks:
+        return self._mask_memory.lines(count)
 
     @torch.inference_mode()
     def launch_draws(self, masks: TokenMasks) -> StepLaunched:
