@@ -107,6 +107,12 @@ class SimulatedDevice:
         self._steps_end_s = 0.0
         self._copies_end_s = 0.0
 
+    def commit_slabs(self, slabs: Sequence[int]) -> None:
+        raise NotImplementedError("a simulated engine has its device to itself")
+
+    def decommit_slabs(self, slabs: Sequence[int]) -> None:
+        raise NotImplementedError("a simulated engine has its device to itself")
+
     def host_free_bytes(self) -> int:
         return self.host_total_bytes - sum(self.host_used.values())
 

@@ -49,6 +49,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     host_sharers: Annotated[
         int, _about("devices of the runtime, among which free host memory is divided; the runtime sets it", gt=0)
     ] = 1
+    shares_device: Annotated[
+        bool,
+        _about("other engines use the same devices, so slabs are taken and given back one by one; the runtime sets it"),
+    ] = False
     block_tokens: Annotated[int, _about("tokens per KV block", gt=0)] = 16
     max_rows: Annotated[int, _about("largest number of running sequences over all models", gt=0)] = 512
     max_batch_tokens: Annotated[int, _about("token budget of a step", gt=0)] = 8192

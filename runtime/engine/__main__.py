@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> int:
             time.monotonic,
             record=None if followers is None else followers.send,
             mask_sources=masks,
-            settle_load=_no_error if followers is None else followers.settle_load,
+            settle=_no_error if followers is None else followers.settle,
         )
         # Imported objects live as long as the process, so full collections must not scan them and delay a step.
         gc.collect()

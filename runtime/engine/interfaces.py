@@ -315,12 +315,18 @@ class Backend(Protocol):
     device: str
     device_name: str
     slab_bytes: int
-    total_slabs: int  # the device budget
+    total_slabs: int  # the device budget, of which an engine that shares its device has a changing part
     host_total_bytes: int
     host_kv_bytes: int  # the most host memory that saved KV of all models may take; 0 = nothing is saved
     max_rows: int
 
     def host_free_bytes(self) -> int: ...
+
+    def commit_slabs(self, slabs: Sequence[int]) -> None:
+        """Take memory for slabs from the driver. Raises if there is not enough, and takes none then."""
+
+    def decommit_slabs(self, slabs: Sequence[int]) -> None:
+        """Give the memory of unmapped slabs back to the driver, after launched work that uses it. Slabs without memory are passed over."""
 
     def load(self, request: "LoadRequest") -> "LoadJob":
         """Start to load a model in a thread of its own: build it and, on a GPU, read its weights into the host arena. Uses no slab."""

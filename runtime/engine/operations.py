@@ -56,6 +56,18 @@ class DropHost(msgspec.Struct, frozen=True, tag="drop_host"):
     model_id: str
 
 
+class CommitSlabs(msgspec.Struct, frozen=True, tag="commit_slabs"):
+    """Take memory for slabs from the driver, on all ranks or on none."""
+
+    slabs: tuple[int, ...]
+
+
+class DecommitSlabs(msgspec.Struct, frozen=True, tag="decommit_slabs"):
+    """Give the memory of slabs that nothing uses back to the driver, after the last launched step."""
+
+    slabs: tuple[int, ...]
+
+
 class MapKv(msgspec.Struct, frozen=True, tag="map_kv"):
     """Map `slab` at place `index` of the KV range."""
 
@@ -181,6 +193,8 @@ Operation = (
     | SwapIn
     | Evict
     | DropHost
+    | CommitSlabs
+    | DecommitSlabs
     | MapKv
     | UnmapKv
     | MapHostKv

@@ -44,13 +44,26 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     request_ids: tuple[int, ...]
 
 
+class Resize(msgspec.Struct, frozen=True, tag=True):
+    """Hold `num_slabs` slabs of each device from now on, of an engine that shares its devices. `number` grows with each command.
+
+    The models `evict` leave the device if they are idle. An engine that cannot give back enough keeps the rest and completes the command at once, unless
+    `drain`: then busy models admit no more requests until enough is given back. DeviceShareFigures report the end.
+    """
+
+    number: int
+    num_slabs: int
+    evict: tuple[str, ...] = ()
+    drain: bool = False
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Finish running sequences within `grace_s`, then exit with status 0."""
 
     grace_s: float
 
 
-Command = Load | Unload | Add | Abort | Shutdown
+Command = Load | Unload | Add | Abort | Resize | Shutdown
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -137,6 +150,27 @@ class GrammarFigures(msgspec.Struct, frozen=True):
     mask_seconds_total: float = 0.0
 
 
+class DeviceShareFigures(msgspec.Struct, frozen=True):
+    """The slabs of an engine that shares its devices, on each of them.
+
+    Attributes:
+        committed_slabs: those that it holds.
+        free_slabs, idle_slabs: those of them that nothing uses, and those that hold only cached prefixes or idle adapters.
+        needed_slabs: those that a request lacks, for which idle models may be evicted.
+        wanted_slabs: those that it would use, the needed ones included.
+        since_s: when the oldest request came that lacks slabs, on the machine's monotonic clock.
+        last_resize: the number of the last Resize that is complete; 0 before the first.
+    """
+
+    committed_slabs: int
+    free_slabs: int
+    idle_slabs: int
+    needed_slabs: int = 0
+    wanted_slabs: int = 0
+    since_s: float = 0.0
+    last_resize: int = 0
+
+
 class EngineStats(msgspec.Struct, frozen=True, tag=True):
     """Sent every second, and at once after a load, an unload, an eviction or a swap-in."""
 
@@ -147,6 +181,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
     stranded_bytes: int  # free blocks inside half-empty slabs
     models: tuple[ModelFigures, ...]
     grammars: GrammarFigures = GrammarFigures()
+    share: DeviceShareFigures | None = None  # None: it has its devices to itself
 
 
 Event = Hello | StartFailed | Loaded | LoadFailed | Unloaded | Tokens | EngineStats

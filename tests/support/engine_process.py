@@ -76,7 +76,7 @@ class Engine:
     ) -> tuple[messages.Loaded, float]:
         """Returns the facts and the seconds that it took. Raises RuntimeError with the engine's cause."""
         started = time.perf_counter()
-        self._send(messages.Load(model_id, checkpoint, **options))
+        self.send(messages.Load(model_id, checkpoint, **options))
         while True:
             event = self._receive(timeout_s)
             if isinstance(event, messages.Loaded):
@@ -85,7 +85,7 @@ class Engine:
                 raise RuntimeError(f"{event.model_id}: {event.code} {event.message}")
 
     def unload(self, model_id: str) -> None:
-        self._send(messages.Unload(model_id))
+        self.send(messages.Unload(model_id))
         while not isinstance(self._receive(60), messages.Unloaded):
             pass
 
@@ -175,7 +175,7 @@ class Engine:
     def _add(self, model_id: str, request: GenerationRequest) -> int:
         number = self._next_id
         self._next_id += 1
-        self._send(messages.Add(number, model_id, request))
+        self.send(messages.Add(number, model_id, request))
         return number
 
     def texts(
@@ -243,7 +243,7 @@ class Engine:
             with contextlib.suppress(TimeoutError):
                 self._receive(left)
 
-    def _send(self, command: messages.Command) -> None:
+    def send(self, command: messages.Command) -> None:
         self._connection.sendall(encode_frame(self._encoder, command))
 
     def _receive(self, timeout_s: float) -> messages.Event:

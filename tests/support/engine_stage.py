@@ -16,6 +16,7 @@ from runtime.ipc.messages import (
     Load,
     Loaded,
     LoadFailed,
+    Resize,
     RowTokens,
     Shutdown,
     TokenLogprobs,
@@ -210,6 +211,9 @@ class Stage:
     def abort(self, *request_ids: int) -> None:
         self.inbox.put(Abort(request_ids))
 
+    def resize(self, number: int, num_slabs: int, *evict: str, drain: bool = False) -> None:
+        self.inbox.put(Resize(number, num_slabs, evict, drain))
+
     def shutdown(self, grace_s: float) -> None:
         self.inbox.put(Shutdown(grace_s))
 
@@ -274,7 +278,7 @@ class Stage:
         self.inbox.put(None)
         self.loop.run()
         assert not self.backend.broken_rules
-        assert self.loop.table.slabs.free == self.backend.total_slabs
+        assert self.loop.table.slabs.free == self.loop.table.slabs.committed == len(self.backend.committed)
         assert self.loop.table.rows.free == self.loop.table.rows.total
         assert self.backend.mapped == 0
         assert not self.backend.open_rows

@@ -608,6 +608,7 @@ class FakeBackend:
         max_batch_tokens: int = 64,
         host_kv_slabs: int = 0,
         host_slabs: int = 0,
+        committed: int | None = None,
     ) -> None:
         self.specs = specs
         self.host_kv_bytes = host_kv_slabs * self.slab_bytes
@@ -615,6 +616,8 @@ class FakeBackend:
         self.host_total_bytes = host_slabs * self.slab_bytes
         self.host_weights: dict[int, int] = {}  # id of a FakeMemory → bytes of its host copy
         self.total_slabs = total_slabs
+        self.committed = set(range(total_slabs if committed is None else committed))
+        self.obtainable_slabs = total_slabs  # what the driver would give in all
         self.max_rows = max_rows
         self.max_batch_tokens = max_batch_tokens
         self.faults: dict[str, str] = {}
@@ -638,9 +641,19 @@ class FakeBackend:
         self._mapped: dict[int, tuple[str, str]] = {}
 
     def map(self, slab: int, owner: tuple[str, str]) -> None:
-        assert 0 <= slab < self.total_slabs
+        assert slab in self.committed, f"slab {slab} has no memory"
         assert slab not in self._mapped, f"slab {slab} is mapped already"
         self._mapped[slab] = owner
+
+    def commit_slabs(self, slabs: Sequence[int]) -> None:
+        if len(self.committed) + len(slabs) > self.obtainable_slabs:
+            raise MemoryError(f"the device has {self.obtainable_slabs} slabs")
+        assert self.committed.isdisjoint(slabs)
+        self.committed |= set(slabs)
+
+    def decommit_slabs(self, slabs: Sequence[int]) -> None:
+        assert self._mapped.keys().isdisjoint(slabs)
+        self.committed -= set(slabs)
 
     def unmap(self, slab: int, owner: tuple[str, str]) -> None:
         assert self._mapped.pop(slab) == owner

@@ -13,7 +13,7 @@ from runtime.engine.scheduler.model_round_robin import RoundRobin
 from runtime.engine.scheduler.reasoning_limit import ReasoningLimit
 from runtime.engine.scheduler.sequence import from_add
 from runtime.errors import NotSupported, RepertoryError
-from runtime.ipc.messages import Abort, Add, Command, Load, RowTokens, Shutdown, Unload
+from runtime.ipc.messages import Abort, Add, Command, Load, Resize, RowTokens, Shutdown, Unload
 from runtime.types import FinishReason
 
 
@@ -58,6 +58,8 @@ class Commands:
                 self.loads.unload(model_id, now)
                 if self.table.find(model_id) is None:
                     self.round_robin.forget(model_id)
+            case Resize():
+                self.table.resize(command, now)
             case Shutdown(grace_s=grace_s):
                 self.stop_by_s = now + grace_s
 

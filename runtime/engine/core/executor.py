@@ -25,6 +25,8 @@ from runtime.engine.operations import (
     CancelLoad,
     CaptureGraph,
     CloseRow,
+    CommitSlabs,
+    DecommitSlabs,
     DropHost,
     Evict,
     EvictAdapter,
@@ -56,7 +58,8 @@ class OperationExecutor:
     Args:
         mark: records the model whose device work starts now, to attribute a crash; "" for no model.
         record: is called with each operation before it is applied.
-        settle_load: waits until the other ranks of a tensor-parallel engine have finished a load, and returns the first error among them.
+        settle: waits until the other ranks of a tensor-parallel engine have finished the load of a model, or a change of the committed slabs (""), and
+            returns the first error among them.
     """
 
     def __init__(
@@ -64,12 +67,12 @@ class OperationExecutor:
         backend: Backend,
         mark: Callable[[str], None] = lambda model_id: None,
         record: Callable[[Operation], None] | None = None,
-        settle_load: Callable[[str], RepertoryError | None] = lambda model_id: None,
+        settle: Callable[[str], RepertoryError | None] = lambda model_id: None,
     ) -> None:
         self._backend = backend
         self._mark = mark
         self._record = record
-        self._settle_load = settle_load
+        self._settle = settle
         self._queue: list[Operation] = []
         self._jobs: dict[str, LoadJob] = {}
         self._models: dict[str, LoadResult] = {}
@@ -99,6 +102,8 @@ class OperationExecutor:
                     self.apply(operation)
                 except Exception as error:
                     self._failed_swap_ins[operation.model_id] = error
+            elif isinstance(operation, DecommitSlabs):
+                self._decommit(operation)
             else:
                 self.apply(operation)
 
@@ -183,10 +188,30 @@ class OperationExecutor:
             self.apply(FinishLoad(model_id))
         except Exception as raised:
             error = raised
-        remote = self._settle_load(model_id)
+        remote = self._settle(model_id)
         error = error or remote
         if error is not None:
             self.unload(model_id)
+            raise error
+
+    def commit(self, slabs: Sequence[int]) -> Exception | None:
+        """Take memory for slabs on all ranks. Returns the error if one has too little, and then none has taken any."""
+        self.flush()
+        error: Exception | None = None
+        try:
+            self.apply(CommitSlabs(tuple(slabs)))
+        except Exception as raised:
+            error = raised
+        error = self._settle("") or error
+        if error is not None:
+            self._decommit(DecommitSlabs(tuple(slabs)))
+        return error
+
+    def _decommit(self, operation: DecommitSlabs) -> None:
+        """Give memory back. On return, other processes can have it."""
+        self.apply(operation)
+        error = self._settle("")
+        if error is not None:
             raise error
 
     def unload(self, model_id: str) -> None:
@@ -251,6 +276,10 @@ class OperationExecutor:
                 self._adapters[model_id].memory.drop_host()
             case DropHost(model_id):
                 self._models[model_id].memory.drop_host()
+            case CommitSlabs(slabs):
+                self._backend.commit_slabs(slabs)
+            case DecommitSlabs(slabs):
+                self._backend.decommit_slabs(slabs)
             case CaptureGraph(model_id, bucket, record):
                 self._mark(model_id)
                 self._models[model_id].runner.capture(bucket, record=record)

@@ -117,7 +117,7 @@ class Loads:
         )
         if model is None:
             return
-        self.table.resident.load_if_free(model, now)
+        self.table.exchange.load_if_free(model, now)
         executor.flush()
         failure = executor.take_failed_swap_in(request.model_id)
         if failure is not None:

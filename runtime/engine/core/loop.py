@@ -56,7 +56,7 @@ class EngineLoop:
         record: is called with every device operation before it is applied.
         mask_sources: makes the mask sources of requests with a grammar; None = such requests are refused.
         drafter: guesses tokens for all models; None = no speculation.
-        settle_load: see OperationExecutor.
+        settle: see OperationExecutor.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class EngineLoop:
         record: Callable[[Operation], None] | None = None,
         mask_sources: MaskSources | None = None,
         drafter: Drafter | None = None,
-        settle_load: Callable[[str], RepertoryError | None] = lambda model_id: None,
+        settle: Callable[[str], RepertoryError | None] = lambda model_id: None,
     ) -> None:
-        self._executor = OperationExecutor(backend, mark, record, settle_load)
+        self._executor = OperationExecutor(backend, mark, record, settle)
         self.table = ModelTable(config, backend, self._executor, emit, drafter, mask_sources)
         self._config = config
         self._backend = backend
@@ -119,6 +119,7 @@ class EngineLoop:
             worked = True
         self._wait_limit.apply(now)
         self._executor.flush()
+        self.table.share.end_turn()
         if self._config.debug_checks:
             self.table.check()
         idle = not (worked or launched)
@@ -160,6 +161,7 @@ class EngineLoop:
     def _update_residency(self, now: float) -> None:
         """Bring weights in and out. A model whose swap-in fails is unloaded, the others stay."""
         self._executor.flush()  # swap-ins must have begun before they are polled
+        self.table.exchange.update(now)
         self.table.resident.update(now)
         failed = {adapter.model_id: error for adapter, error in self.table.adapters.update(self.table.resident, now)}
         self._executor.flush()

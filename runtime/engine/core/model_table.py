@@ -3,6 +3,7 @@
 Registers and unregisters models so that no slab or row stays allocated, and emits what ends a request outside of a step.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 
 import msgspec
@@ -11,12 +12,14 @@ from common.decayed_uses import DecayedUses
 from runtime.checkpoint.device_fit import DeviceBudget, ModelLayout, fit_adapter, fit_device
 from runtime.config.schema import EngineConfig
 from runtime.engine.core.adapter_manager import AdapterManager
+from runtime.engine.core.device_share import DeviceShare
 from runtime.engine.core.end_times import busy_s
 from runtime.engine.core.executor import KvOperations, OperationExecutor
 from runtime.engine.core.host_kv import HostKv
 from runtime.engine.core.loaded_adapter import LoadedAdapter
 from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.residency_manager import ResidencyManager
+from runtime.engine.core.slab_exchange import SlabExchange
 from runtime.engine.grammar.interfaces import MaskSources
 from runtime.engine.interfaces import AdapterBank, AdapterResult, Backend, Drafter, LoadResult
 from runtime.engine.kvcache.blocks import BlockPool
@@ -30,8 +33,10 @@ from runtime.engine.scheduler.scheduler import Scheduler
 from runtime.engine.scheduler.sequence import Sequence
 from runtime.errors import LoadFailed as LoadFailedError
 from runtime.errors import ModelTooLarge
-from runtime.ipc.messages import EngineStats, Event, GrammarFigures, Load, LoadFailed, RowTokens, Tokens
+from runtime.ipc.messages import EngineStats, Event, GrammarFigures, Load, LoadFailed, Resize, RowTokens, Tokens
 from runtime.types import FinishReason
+
+_LOG = logging.getLogger(__name__)
 
 _CPU_COST_SCALE = 100.0  # beside a GPU, to within an order of magnitude
 
@@ -52,14 +57,18 @@ class ModelTable:
         self.backend = backend
         self.executor = executor
         self.emit = emit
-        self.slabs = SlabPool(backend.total_slabs)
+        self.slabs = SlabPool(backend.total_slabs, 0 if config.shares_device else None)
+        self.share = DeviceShare(self.slabs)
         self.rows = RowPool(min(config.max_rows, backend.max_rows, config.max_batch_tokens))
         self.models: dict[str, LoadedModel] = {}
         self.uses = DecayedUses()
         self._banks: dict[str, AdapterBank] = {}
         self.adapters = AdapterManager(self.slabs, backend.slab_bytes, executor.enqueue)
         self.resident = ResidencyManager(
-            self.slabs, self.models, executor.enqueue, self.adapters, make_host_room=self.keep_on_host
+            self.slabs, self.models, executor.enqueue, self.adapters, self.share, make_host_room=self.keep_on_host
+        )
+        self.exchange = SlabExchange(
+            self.share, self.slabs, self.models, self.resident, self.adapters, executor.enqueue
         )
         self.host_kv = HostKv(backend.host_kv_bytes // backend.slab_bytes, self._host_has_chunk, executor.enqueue)
         self._num_registrations = 0
@@ -69,7 +78,18 @@ class ModelTable:
     @property
     def num_changes(self) -> int:
         """Grows whenever a model is registered, unregistered, or changes its tier."""
-        return self._num_registrations + self.resident.num_changes + self.adapters.num_changes
+        return self._num_registrations + self.resident.num_changes + self.adapters.num_changes + self.share.num_changes
+
+    def resize(self, command: Resize, now: float) -> None:
+        """Change the number of slabs that this engine holds on each of its devices."""
+        self.exchange.resize(command, now)
+        slabs = self.slabs.uncommitted(command.num_slabs - self.slabs.committed)
+        if slabs:
+            error = self.executor.commit(slabs)
+            if error is None:
+                self.slabs.commit(slabs)
+            else:
+                _LOG.warning("%d slabs of device memory could not be taken: %s", len(slabs), error)
 
     def check_fits(self, request: Load, weight_bytes: int) -> None:
         """Raise ModelTooLarge if weights of `weight_bytes` exceed the whole budget of the devices that share them."""
@@ -280,7 +300,7 @@ class ModelTable:
         kv_blocks, busy = self.resident.kv_blocks_of_all(), busy_s(models)
         return EngineStats(
             device_budget_bytes=self.slabs.total * slab_bytes,
-            device_used_bytes=(self.slabs.total - self.slabs.free) * slab_bytes,
+            device_used_bytes=self.slabs.num_lent * slab_bytes,
             host_budget_bytes=self.backend.host_total_bytes,
             host_used_bytes=self.backend.host_total_bytes - self.backend.host_free_bytes() + self._grammar_bytes,
             stranded_bytes=sum(model.stranded_bytes() for model in models),
@@ -289,6 +309,9 @@ class ModelTable:
                 *(adapter.stats() for adapter in self.adapters.adapters.values()),
             ),
             grammars=self._grammar_figures(),
+            share=self.share.figures(self.exchange.free_slabs, self.exchange.idle_slabs)
+            if self.config.shares_device
+            else None,
         )
 
     def check(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from common.model_state import Tier
 from runtime.engine.core.adapter_manager import AdapterManager
+from runtime.engine.core.device_share import DeviceShare
 from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.memory.residency import Holder, choose_to_drain, choose_victims, patience_s
 from runtime.engine.memory.slab_pool import SlabPool
@@ -27,6 +28,7 @@ class ResidencyManager:
         models: the loaded models by id, a view of the model table.
         enqueue: takes an operation for the executor.
         adapters: the adapters of all models.
+        share: what other engines of the devices have or want.
         make_host_room: makes room in the host tier for a model that returns from disk.
     """
 
@@ -36,11 +38,13 @@ class ResidencyManager:
         models: Mapping[str, LoadedModel],
         enqueue: Callable[[Operation], None],
         adapters: AdapterManager,
+        share: DeviceShare,
         make_host_room: Callable[[LoadedModel], None] = lambda model: None,
     ) -> None:
         self._make_host_room = make_host_room
         self._pool = pool
         self._adapters = adapters
+        self._share = share
         self._models = models
         self._enqueue = enqueue
         self._claimant = ""  # the model whose first sequence waits for room that others are releasing
@@ -69,17 +73,18 @@ class ResidencyManager:
                 while model.scheduler.preempt_newest(now):
                     pass
         if not absent:
-            if not self._has_turn(now):
+            if not self._has_turn(now) and not self._share.drains:
                 self._end_drains()
             return
         absent.sort(key=lambda entry: entry[0])
         for since, model in absent:
             self._bring_in(model, now - since, now)
 
-    def load_if_free(self, model: LoadedModel, now: float) -> None:
-        """Swap in a model that was just loaded if no other model has to be evicted for it."""
+    def load_if_free(self, model: LoadedModel, now: float) -> bool:
+        """Swap in a model that was just loaded if no other model has to be evicted for it. Returns whether it was."""
         if self._pool.free >= model.memory.weight_slabs + 1 and not self._room_is_kept():
             self._swap_in(model, now)
+        return model.resident
 
     def release_claim(self, model: LoadedModel) -> None:
         """End the model's claim, since a step was planned and it has the room that it waited for."""
@@ -97,10 +102,14 @@ class ResidencyManager:
         self._num_changes += 1
 
     def _bring_in(self, model: LoadedModel, waited_s: float, now: float) -> None:
-        if self._room_is_kept(model):
-            return
         need = self._slabs_to_begin(model)
         short = need - self._pool.free
+        if self._share.surplus:
+            # What is to be given back must not be taken.
+            self._share.need(max(short, 1), now - waited_s)
+            return
+        if self._room_is_kept(model):
+            return
         if short > 0:
             head = model.scheduler.waiting.head()
             if model.host_blocks is not None and head is not None:
@@ -109,7 +118,12 @@ class ResidencyManager:
             others = [m for m in self._models.values() if m.resident and m is not model]
             short -= sum(m.cache.blocks.idle_slabs for m in self._models.values()) + self._adapters.idle_slabs
             holders = [m.holder() for m in others]
-            victims = choose_victims(holders, max(short, 0))
+            if short > 0 and self._share.can_grow:
+                # Which idle model leaves is decided over all engines of the devices.
+                self._share.need(short, now - waited_s)
+                victims = choose_victims([h for h in holders if h.draining], short)
+            else:
+                victims = choose_victims(holders, max(short, 0))
             if victims is None:
                 # running rows' KV goes with the rows, so a model that drains frees more than its weights
                 kv = sum(m.cache.blocks.slabs - m.cache.blocks.idle_slabs for m in others)
@@ -189,6 +203,8 @@ class ResidencyManager:
         while cache.obtainable() < blocks and self._adapters.evict_oldest():
             pass
         self._evict_for(model, blocks, [m.holder() for m in others if m.resident], now)
+        if cache.obtainable() < blocks and self._share.can_grow:
+            self._share.need(blocks_for(blocks - cache.obtainable(), cache.blocks.geometry.blocks_per_slab), now)
         while cache.obtainable() < blocks and self._preempt_above_share(model, others, now):
             pass
         # A model's only row would be preempted for a block that a later request of another model has.
@@ -284,6 +300,10 @@ class ResidencyManager:
             victims = choose_victims(holders, 1)
         for victim in victims or ():
             self.evict(self._models[victim])
+
+    def drop_oldest_prefix(self) -> bool:
+        """Release the slab of cached prefixes that was least recently used. Returns whether there was one."""
+        return self._drop_oldest_prefix(self._models.values())
 
     def _drop_oldest_prefix(self, models: Iterable[LoadedModel], older_than_s: float | None = None) -> bool:
         """Release the slab of cached prefixes that was least recently used over these models."""

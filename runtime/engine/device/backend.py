@@ -4,7 +4,7 @@ import importlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Generic, TypeVar, cast
 
@@ -134,6 +134,12 @@ class EngineBackend:
     def limit_slabs(self, total_slabs: int) -> None:
         """Use no more slabs than another rank has. Call it before any model is loaded."""
         self.total_slabs = min(self.total_slabs, total_slabs)
+
+    def commit_slabs(self, slabs: Sequence[int]) -> None:
+        self._hardware.memory.commit(slabs)
+
+    def decommit_slabs(self, slabs: Sequence[int]) -> None:
+        self._hardware.memory.decommit(slabs)
 
     def host_free_bytes(self) -> int:
         return self._hardware.host_free_bytes()

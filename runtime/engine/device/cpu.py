@@ -42,7 +42,7 @@ class CpuDevice:
         check_budget(budget, slab_bytes, psutil.virtual_memory().total)
         self.device = torch.device("cpu")
         self.name = platform.processor() or platform.machine()
-        self.memory: DeviceMemory = CpuMemory(slab_bytes, budget // slab_bytes)
+        self.memory: DeviceMemory = CpuMemory(slab_bytes, budget // slab_bytes, 0 if config.shares_device else None)
         self.host_total_bytes = 0
         self.host_kv_bytes = config.host_kv_bytes or 0
         self.num_read_threads = min(_READ_THREADS, os.cpu_count() or 1)

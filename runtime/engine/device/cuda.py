@@ -43,7 +43,8 @@ class CudaDevice:
         slab_bytes = config.slab_bytes or _SLAB_BYTES
         free_bytes, _ = torch.cuda.mem_get_info(device)
         budget = config.device_budget_bytes or max(0, free_bytes - config.device_reserve_bytes)
-        if not slab_bytes <= budget <= free_bytes:
+        # What other engines of the GPU hold is not free now, and comes when they give it back.
+        if not slab_bytes <= budget <= (budget if config.shares_device else free_bytes):
             raise ConfigError(
                 f"the device budget of {budget} bytes is not between one slab of {slab_bytes} bytes and the {free_bytes} bytes that are free on "
                 f"{device}: give a budget in between, or end what else uses the GPU"
@@ -53,7 +54,8 @@ class CudaDevice:
         self._compute_stream = torch.cuda.current_stream(device)
         self._copy_stream = torch.cuda.Stream(device)
         self._kv_stream = torch.cuda.Stream(device)
-        self._memory = CudaMemory(device, slab_bytes, budget // slab_bytes, self._compute_stream)
+        committed = 0 if config.shares_device else None
+        self._memory = CudaMemory(device, slab_bytes, budget // slab_bytes, self._compute_stream, committed)
         self.memory: DeviceMemory = self._memory
         arena_path, host_bytes = host_tier(config, slab_bytes)
         self._pinned = PinnedMemory(host_bytes, arena_path, device, slab_bytes)

@@ -13,18 +13,24 @@ _MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "
 
 
 class CpuMemory:
-    """A budget of `total_slabs` slabs of ordinary memory. Implements DeviceMemory."""
+    """A budget of `total_slabs` slabs of ordinary memory, `committed` of them at first (None = all). Implements DeviceMemory."""
 
-    def __init__(self, slab_bytes: int, total_slabs: int) -> None:
+    def __init__(self, slab_bytes: int, total_slabs: int, committed: int | None = None) -> None:
         if slab_bytes % mmap.PAGESIZE:
             raise ValueError(f"slab_bytes {slab_bytes} is not a multiple of the page size {mmap.PAGESIZE}")
         self.device = torch.device("cpu")
         self.slab_bytes = slab_bytes
         self.total_slabs = total_slabs
-        self.ledger = SlabLedger(total_slabs)
+        self.ledger = SlabLedger(total_slabs, committed)
 
     def reserve(self, num_slabs: int) -> VirtualRange:
         return CpuRange(self.slab_bytes, num_slabs, self.ledger)
+
+    def commit(self, slabs: Sequence[int]) -> None:
+        self.ledger.commit(slabs)
+
+    def decommit(self, slabs: Sequence[int]) -> None:
+        self.ledger.decommit(slabs)
 
     def tidy(self) -> bool:
         return False

@@ -1,4 +1,7 @@
-"""Slabs on a GPU, through CUDA's virtual memory calls: physical handles are created once, at start, and mapped to reserved addresses as needed.
+"""Slabs on a GPU, through CUDA's virtual memory calls: physical handles are mapped to reserved addresses as needed.
+
+An engine that is alone on its GPU creates all handles at its start and keeps them. One that shares its GPU creates a handle when the slab is committed,
+and releases it when the slab is decommitted.
 
 Unmapping is postponed: a place that was given up keeps its old physical memory until something else is mapped there or the engine is idle, because
 the driver may only unmap what no launched kernel uses, and waiting for that would stall the engine. So a slab may be reachable from an old place and
@@ -116,38 +119,39 @@ class Driver:
 
 
 class CudaMemory:
-    """A budget of device memory in slabs. Implements DeviceMemory.
+    """A budget of device memory in slabs, `committed` of them at first (None = all). Implements DeviceMemory.
 
     Everything but the constructor is called from the engine thread, except `reserve`, which any thread may call.
     """
 
     def __init__(
-        self, device: torch.device, slab_bytes: int, total_slabs: int, compute_stream: torch.cuda.Stream
+        self,
+        device: torch.device,
+        slab_bytes: int,
+        total_slabs: int,
+        compute_stream: torch.cuda.Stream,
+        committed: int | None = None,
     ) -> None:
         torch.cuda.set_device(device)
         torch.cuda.current_stream(device).synchronize()  # makes the primary context, torch's own, the current one
         self.device = device
         self.slab_bytes = slab_bytes
         self.total_slabs = total_slabs
-        self.ledger = SlabLedger(total_slabs)
+        self.ledger = SlabLedger(total_slabs, 0)
         self.driver = Driver(device.index or 0)
         self.compute_stream = compute_stream
         granularity = self.driver.granularity()
         if slab_bytes % granularity:
             raise ValueError(f"slab_bytes {slab_bytes} is not a multiple of the device's granularity {granularity}")
-        self.handles: list[Any] = []
-        try:
-            for _ in range(total_slabs):
-                self.handles.append(self.driver.create(slab_bytes))
-            self.anchor: Any = self.driver.create(slab_bytes)
-        except CudaError as error:
-            for handle in self.handles:
-                self.driver.release(handle)
-            raise CudaError(
-                f"{len(self.handles)} of {total_slabs + 1} slabs of {slab_bytes} bytes could be allocated: {error}"
-            ) from error
+        self.handles: dict[int, Any] = {}  # of the slabs that are committed
+        self.anchor: Any = self.driver.create(slab_bytes)
         self.ranges: list[CudaRange] = []
         self._readers: dict[int, torch.cuda.Event] = {}  # slab → when the copy that reads it has passed
+        try:
+            self.commit(range(total_slabs if committed is None else committed))
+        except CudaError:
+            self.driver.release(self.anchor)
+            raise
 
     def note_reader(self, slab: int, passed: torch.cuda.Event) -> None:
         """Have the slab's next user wait for `passed`."""
@@ -164,13 +168,36 @@ class CudaMemory:
         self.ranges.append(made)
         return made
 
+    def commit(self, slabs: Sequence[int]) -> None:
+        made: dict[int, Any] = {}
+        try:
+            for slab in slabs:
+                made[slab] = self.driver.create(self.slab_bytes)
+        except CudaError as error:
+            for handle in made.values():
+                self.driver.release(handle)
+            raise CudaError(
+                f"{len(made)} of {len(slabs)} slabs of {self.slab_bytes} bytes could be allocated: {error}"
+            ) from error
+        self.ledger.commit(slabs)
+        self.handles |= made
+
+    def decommit(self, slabs: Sequence[int]) -> None:
+        had = self.ledger.decommit(slabs)
+        for made in self.ranges:
+            made.forget(had)
+        for passed in self.take_readers(had).values():
+            passed.synchronize()
+        for slab in had:
+            self.driver.release(self.handles.pop(slab))
+
     def tidy(self) -> bool:
         return any(made.tidy() for made in self.ranges)
 
     def close(self) -> None:
         for made in list(self.ranges):
             made.close()
-        for handle in self.handles:
+        for handle in self.handles.values():
             self.driver.release(handle)
         self.driver.release(self.anchor)
         self.handles.clear()
@@ -247,6 +274,14 @@ class CudaRange:
         if 0 in passed:
             self._put_anchor()
         return bool(passed)
+
+    def forget(self, slabs: Sequence[int]) -> None:
+        """Unmap slabs that the owner has given up, after the work that uses them."""
+        wanted = frozenset(slabs)
+        stale = [place for place in self._stale if self._under[place] in wanted]
+        self._drop(stale)
+        if 0 in stale:
+            self._put_anchor()
 
     def close(self) -> None:
         self.unmap(0, self.num_slabs)

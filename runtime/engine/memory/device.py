@@ -29,7 +29,7 @@ class VirtualRange(Protocol):
 
 
 class DeviceMemory(Protocol):
-    """One device's budget of slabs, taken once and kept."""
+    """One device's slabs. Those of an engine that is alone on its device have memory from the start, those of others once they are committed."""
 
     device: torch.device
     slab_bytes: int
@@ -37,6 +37,12 @@ class DeviceMemory(Protocol):
 
     def reserve(self, num_slabs: int) -> VirtualRange:
         """Addresses for `num_slabs` slabs, nothing mapped."""
+
+    def commit(self, slabs: Sequence[int]) -> None:
+        """Take memory for slabs from the driver. Raises if there is not enough, and takes none then."""
+
+    def decommit(self, slabs: Sequence[int]) -> None:
+        """Give the memory of slabs back to the driver, after launched work that uses it. Slabs without memory are passed over. Raises ValueError if one is mapped."""
 
     def tidy(self) -> bool:
         """Do one piece of the work that `unmap` postponed. Returns False if there is none."""
@@ -46,10 +52,12 @@ class DeviceMemory(Protocol):
 
 
 class SlabLedger:
-    """Tracks which slabs are mapped, and raises if one is mapped in two places."""
+    """Tracks which slabs have memory and which are mapped. Raises if one is mapped in two places, or without memory."""
 
-    def __init__(self, total_slabs: int) -> None:
+    def __init__(self, total_slabs: int, committed: int | None = None) -> None:
         self._mapped = bytearray(total_slabs)
+        at_first = total_slabs if committed is None else committed
+        self._committed = bytearray([1] * at_first + [0] * (total_slabs - at_first))
 
     @property
     def num_mapped(self) -> int:
@@ -61,6 +69,8 @@ class SlabLedger:
                 raise ValueError(f"slab {slab} of {len(self._mapped)} does not exist")
             if self._mapped[slab]:
                 raise ValueError(f"slab {slab} is mapped already")
+            if not self._committed[slab]:
+                raise ValueError(f"slab {slab} has no memory")
         if len(set(slabs)) != len(slabs):
             raise ValueError("a slab is named twice")
         for slab in slabs:
@@ -69,3 +79,23 @@ class SlabLedger:
     def give(self, slabs: Sequence[int]) -> None:
         for slab in slabs:
             self._mapped[slab] = 0
+
+    @property
+    def num_committed(self) -> int:
+        return sum(self._committed)
+
+    def commit(self, slabs: Sequence[int]) -> None:
+        """Note that slabs have memory. Raises ValueError if one had it before."""
+        if any(self._committed[slab] for slab in slabs):
+            raise ValueError(f"one of the slabs {list(slabs)} has memory already")
+        for slab in slabs:
+            self._committed[slab] = 1
+
+    def decommit(self, slabs: Sequence[int]) -> list[int]:
+        """Note that slabs have no memory any more. Returns those that had. Raises ValueError if one is mapped."""
+        if any(self._mapped[slab] for slab in slabs):
+            raise ValueError(f"one of the slabs {list(slabs)} is mapped")
+        had = [slab for slab in slabs if self._committed[slab]]
+        for slab in had:
+            self._committed[slab] = 0
+        return had

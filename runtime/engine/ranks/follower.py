@@ -15,9 +15,9 @@ from runtime.config.schema import EngineConfig
 from runtime.engine.core.executor import OperationExecutor
 from runtime.engine.import_stubs import light_imports
 from runtime.engine.interfaces import Backend
-from runtime.engine.operations import FinishLoad, Operation
+from runtime.engine.operations import CommitSlabs, DecommitSlabs, FinishLoad, Operation
 from runtime.engine.parallel.shard import Shard
-from runtime.engine.ranks.messages import Alive, LoadFinished, RankFailed, Ready, Report
+from runtime.engine.ranks.messages import Alive, Finished, RankFailed, Ready, Report
 from runtime.errors import RepertoryError
 from runtime.ipc.framing import FrameReader, encode_frame
 
@@ -66,15 +66,24 @@ def apply_all(link: LeaderLink, backend: Backend) -> None:
     """Apply operations until rank 0 closes the connection. Raises what the device raises."""
     executor = OperationExecutor(backend)
     while (operation := _next(link, lambda: backend.idle(lambda model_id: None))) is not None:
-        if not isinstance(operation, FinishLoad):
-            executor.apply(operation)
-            continue
-        try:
-            executor.apply(operation)
-        except RepertoryError as error:
-            link.report(LoadFinished(operation.model_id, error.code, error.message))
-        else:
-            link.report(LoadFinished(operation.model_id))
+        match operation:
+            case FinishLoad():
+                link.report(_finish(executor, operation, RepertoryError))
+            case CommitSlabs() | DecommitSlabs():
+                link.report(_finish(executor, operation, Exception))
+            case _:
+                executor.apply(operation)
+
+
+def _finish(executor: OperationExecutor, operation: Operation, expected: type[Exception]) -> Finished:
+    """Apply an operation on whose end rank 0 waits. Raises errors that are not `expected`."""
+    try:
+        executor.apply(operation)
+    except expected as error:
+        if isinstance(error, RepertoryError):
+            return Finished(error.code, error.message)
+        return Finished("RESOURCE_EXHAUSTED", f"{type(error).__name__}: {error}")
+    return Finished()
 
 
 def _next(link: LeaderLink, idle: Callable[[], bool]) -> Operation | None:

@@ -16,7 +16,7 @@ import msgspec
 from common.errors import ConfigError
 from runtime.config.schema import EngineConfig
 from runtime.engine.operations import Operation
-from runtime.engine.ranks.messages import Alive, LoadFinished, RankFailed, Ready, Report
+from runtime.engine.ranks.messages import Alive, Finished, RankFailed, Ready, Report
 from runtime.errors import LoadFailed, RepertoryError
 from runtime.ipc.framing import FrameReader, encode_frame
 
@@ -56,8 +56,8 @@ class Followers:
         for rank in self._ranks:
             rank.send(frame)
 
-    def settle_load(self, model_id: str) -> RepertoryError | None:
-        """Wait until every rank has finished a load. Returns the first error among them."""
+    def settle(self, model_id: str) -> RepertoryError | None:
+        """Wait until every rank has finished the load of a model, or a change of its committed slabs (""). Returns the first error among them."""
         outcomes = [rank.outcomes.get() for rank in self._ranks]
         for rank, outcome in zip(self._ranks, outcomes, strict=True):
             if outcome.code:
@@ -113,7 +113,7 @@ class _Rank:
     ) -> None:
         self.number = number
         self.process = process
-        self.outcomes: queue.SimpleQueue[LoadFinished] = queue.SimpleQueue()
+        self.outcomes: queue.SimpleQueue[Finished] = queue.SimpleQueue()
         self._connection = connection
         self._on_lost = on_lost
         self._started: queue.SimpleQueue[Ready | RankFailed] = queue.SimpleQueue()
@@ -168,7 +168,7 @@ class _Rank:
                     case Ready():
                         self._connection.settimeout(SILENCE_S)
                         self._started.put(report)
-                    case LoadFinished():
+                    case Finished():
                         self.outcomes.put(report)
                     case RankFailed(text):
                         self._started.put(report)

@@ -13,10 +13,9 @@ class Alive(msgspec.Struct, frozen=True, tag="alive"):
     """Sent every second."""
 
 
-class LoadFinished(msgspec.Struct, frozen=True, tag="load_finished"):
-    """The answer to FinishLoad. `code`: "" for a model that is there, else a gRPC status name with the error's text."""
+class Finished(msgspec.Struct, frozen=True, tag="finished"):
+    """The answer to FinishLoad, CommitSlabs and DecommitSlabs. `code`: "" for success, else a gRPC status name with the error's text."""
 
-    model_id: str
     code: str = ""
     text: str = ""
 
@@ -28,4 +27,4 @@ class RankFailed(msgspec.Struct, frozen=True, tag="rank_failed"):
     cannot_start: bool = False
 
 
-Report = Ready | Alive | LoadFinished | RankFailed
+Report = Ready | Alive | Finished | RankFailed

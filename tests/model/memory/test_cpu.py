@@ -56,6 +56,22 @@ def test_slab_is_mapped_in_one_place_only() -> None:
         CpuMemory(1000, 1)
 
 
+def test_slab_without_memory_is_not_mapped() -> None:
+    memory = CpuMemory(SLAB, 4, committed=2)
+    held = memory.reserve(2)
+    with pytest.raises(ValueError, match="slab 2 has no memory"):
+        held.map(0, [2])
+    memory.commit([2])
+    held.map(0, [2])
+    with pytest.raises(ValueError, match="is mapped"):
+        memory.decommit([2])
+    held.unmap(0, 1)
+    memory.decommit([2, 3])
+    assert memory.ledger.num_committed == 2
+    with pytest.raises(ValueError, match="has memory already"):
+        memory.commit([1, 2])
+
+
 class ScriptedFiller:
     """Three groups; waits for a word before each."""
 

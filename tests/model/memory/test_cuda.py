@@ -66,6 +66,22 @@ def test_slab_carries_its_contents_between_ranges(memory: CudaMemory) -> None:
     b.close()
 
 
+def test_decommitted_slabs_are_free_for_other_processes(memory: CudaMemory, device: torch.device) -> None:
+    held = memory.reserve(8)
+    held.map(0, list(range(8)))
+    held.bytes_view[: 8 * SLAB] = 3
+    held.unmap(0, 8)
+    before, _ = torch.cuda.mem_get_info(device)
+    memory.decommit(range(8))
+    after, _ = torch.cuda.mem_get_info(device)
+    assert after - before == 8 * SLAB
+    memory.commit(range(4))
+    assert torch.cuda.mem_get_info(device)[0] == after - 4 * SLAB
+    held.map(0, [3, 2, 1, 0])
+    held.bytes_view[: 4 * SLAB] = 4
+    assert int(held.bytes_view[: 4 * SLAB].min()) == 4
+
+
 def test_slab_is_lent_once(memory: CudaMemory) -> None:
     a, b = memory.reserve(2), memory.reserve(2)
     a.map(0, [1])

@@ -52,7 +52,7 @@ def test_mapping_order_is_legal(memory: CudaMemory, device: Device) -> None:
     rng = random.Random(1)
     ranges = [memory.reserve(12) for _ in range(3)]
     held: dict[tuple[int, int], int] = {}
-    free = list(range(48))
+    free, away = list(range(48)), list[int]()
     for step in range(600):
         number = rng.randrange(3)
         chosen = ranges[number]
@@ -71,10 +71,21 @@ def test_mapping_order_is_legal(memory: CudaMemory, device: Device) -> None:
         elif rng.random() < 0.6:
             chosen.unmap(first, len(places))
             free += [held.pop((number, place)) for place in places if (number, place) in held]
+        elif rng.random() < 0.5:
+            # Some of the free slabs go to another engine, or come back.
+            rng.shuffle(free)
+            count = rng.randrange(6)
+            if rng.random() < 0.5:
+                memory.decommit(free[:count])
+                away, free = away + free[:count], free[count:]
+            else:
+                memory.commit(away[:count])
+                free, away = free + away[:count], away[count:]
         else:
             memory.tidy()
-        assert memory.ledger.num_mapped == len(held) == 48 - len(free), step
+        assert memory.ledger.num_mapped == len(held) == 48 - len(free) - len(away), step
         driver = driver_of(memory)
+        assert len(driver.handles) == 1 + memory.ledger.num_committed == 49 - len(away)
         for held_number, place in held:
             assert driver.knows(ranges[held_number].bytes_view.data_ptr() + place * SLAB)
         # the driver has to know each range's first address, whatever lies there
@@ -85,6 +96,42 @@ def test_mapping_order_is_legal(memory: CudaMemory, device: Device) -> None:
         pass
     anchors = sum((number, 0) not in held for number in range(3))
     assert driver_of(memory).num_mapped == len(held) + anchors
+
+
+def test_decommitted_slab_is_released_after_the_work_that_uses_it(memory: CudaMemory, device: Device) -> None:
+    held = memory.reserve(2)
+    held.map(0, [3, 4])
+    address = held.bytes_view.data_ptr()
+    device.launch(device.compute, writes=[(address, 2 * SLAB)])
+    with pytest.raises(ValueError, match=r"one of the slabs \[3\] is mapped"):
+        memory.decommit([3])
+    held.unmap(0, 2)
+    before = len(driver_of(memory).handles)
+    memory.decommit([3, 4])
+    assert len(driver_of(memory).handles) == before - 2
+    assert not device.in_use(address, 2 * SLAB)
+    assert driver_of(memory).knows(address)  # the range's first address keeps memory
+    memory.decommit([3])  # has none
+    with pytest.raises(ValueError, match="slab 3 has no memory"):
+        held.map(0, [3])
+    memory.commit([3])
+    held.map(0, [3])
+
+
+def test_commit_that_fails_takes_nothing(memory: CudaMemory, device: Device) -> None:
+    memory.decommit(range(10))
+    calls = iter(range(100))
+
+    def fail(call: str) -> None:
+        if next(calls) == 4:
+            raise CudaError("cuMemCreate failed on device 0: CUDA_ERROR_OUT_OF_MEMORY")
+
+    device.failing = fail
+    with pytest.raises(CudaError, match="4 of 6 slabs"):
+        memory.commit(range(6))
+    assert len(driver_of(memory).handles) == 1 + 38
+    assert memory.ledger.num_committed == 38
+    memory.commit(range(6))
 
 
 def test_mapping_of_the_same_slab_in_the_same_place_is_free(memory: CudaMemory) -> None:
@@ -133,7 +180,7 @@ def test_cuda_memory_names_how_many_slabs_were_allocated(memory: CudaMemory, dev
     stream: Any = device.compute
     with pytest.raises(
         CudaError,
-        match=f"7 of 49 slabs of {SLAB} bytes could be allocated: cuMemCreate failed on device 0: CUDA_ERROR_OUT_OF_MEMORY",
+        match=f"6 of 48 slabs of {SLAB} bytes could be allocated: cuMemCreate failed on device 0: CUDA_ERROR_OUT_OF_MEMORY",
     ):
         CudaMemory(torch.device("cpu"), SLAB, 48, stream)
     assert not device.drivers[-1].handles

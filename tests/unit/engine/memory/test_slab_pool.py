@@ -35,3 +35,26 @@ def test_slab_pool_takes_a_slab_back_from_its_owner_only() -> None:
     pool.release("a", slabs)
     with pytest.raises(ValueError, match="None"):
         pool.release("a", slabs)
+
+
+@given(st.integers(0, 12), st.integers(0, 12), st.lists(st.tuples(st.integers(0, 2), st.integers(0, 8)), max_size=40))
+def test_slab_pool_has_memory_for_what_it_lends(total: int, at_first: int, asks: list[tuple[int, int]]) -> None:
+    pool, lent = SlabPool(total, min(at_first, total)), list[int]()
+    for kind, count in asks:
+        before = pool.committed
+        if kind == 0:
+            lent += pool.lend("a", count) or []
+        elif kind == 1:
+            wanted = pool.uncommitted(count)
+            assert len(wanted) == min(count, total - before)
+            assert pool.uncommitted(count) == wanted
+            pool.commit(wanted)
+            assert pool.committed == before + len(wanted)
+        else:
+            free = pool.free
+            gone = pool.decommit(count)
+            assert len(gone) == min(count, free)
+            assert not set(gone) & set(lent)
+            assert pool.committed == before - len(gone)
+        pool.check()
+        assert pool.num_lent == len(lent) == len(set(lent)) == pool.committed - pool.free
