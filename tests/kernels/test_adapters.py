@@ -5,9 +5,11 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from runtime.engine.kernels import adapters as op
 from runtime.engine.kernels import inputs as layout
+from runtime.engine.kernels.activation import Activation
 from runtime.engine.kernels.gpu import adapters as gpu
 from runtime.engine.kernels.scratch import Scratch
 from runtime.engine.model.run.adapter_chunks import group_by_adapter
@@ -49,10 +51,29 @@ def an_upload(rows: list[tuple[int, int]], chunk_tokens: int) -> tuple[torch.Ten
     """The words of a step whose rows are (slot, tokens), and its number of chunks."""
     firsts = np.cumsum([0, *(count for _, count in rows)])
     chunks, order = group_by_adapter([slot for slot, _ in rows], firsts, chunk_tokens)
-    words = np.concatenate((np.zeros(16, np.int64), chunks.ravel(), order)).astype(np.int32)
-    words[layout.NUM_CHUNKS], words[layout.AT_CHUNKS] = len(chunks), 16
-    words[layout.AT_ORDER] = 16 + chunks.size
+    head = layout.HEADER_WORDS
+    words = np.concatenate((np.zeros(head, np.int64), chunks.ravel(), order)).astype(np.int32)
+    words[layout.NUM_CHUNKS], words[layout.AT_CHUNKS] = len(chunks), head
+    words[layout.AT_ORDER] = head + chunks.size
     return torch.from_numpy(words), len(chunks)
+
+
+def chunks_of(
+    rows: list[tuple[int, int]], num_tokens: int, device: torch.device | str, num_slots: int, size: int | None = None
+) -> op.Chunks:
+    """The chunks of a step of `num_tokens` tokens, padding included, as many as a graph of that size has room for."""
+    size = op.chunk_tokens(num_tokens, on_gpu=True) if size is None else size
+    upload, num_chunks = an_upload(rows, size)
+    most = op.max_chunks(num_tokens, num_slots, size)
+    assert num_chunks <= most
+    return op.Chunks(upload.to(device), layout.NUM_CHUNKS, most, size)
+
+
+def gated(y: torch.Tensor, activation: Activation) -> torch.Tensor:
+    gate, up = y.chunk(2, 1)
+    if activation == "silu":
+        return functional.silu(gate) * up
+    return functional.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
 
 
 def exact(
@@ -91,8 +112,7 @@ def test_twin_is_the_dense_delta(
     tokens = sum(count for _, count in rows)
     x, y = torch.randn(tokens, inputs).to(dtype), torch.randn(tokens, sum(widths)).to(dtype)
     wanted = exact(x, y, rows, deltas, first_module, widths)
-    upload, num_chunks = an_upload(rows, 1000)
-    op.add_adapters(y, x, upload, table, first_module=first_module, widths=widths, num_chunks=num_chunks)
+    op.add_adapters(y, x, chunks_of(rows, tokens, "cpu", 4, 1000), table, first_module=first_module, widths=widths)
     tolerance = 1e-4 if dtype is torch.float32 else 4e-2
     torch.testing.assert_close(y.double(), wanted, rtol=tolerance, atol=tolerance)
 
@@ -114,32 +134,55 @@ def test_kernel_equals_twin(
     table, _ = a_table(4, features, dtype)
     tokens = sum(count for _, count in rows) + 3
     x, y = torch.randn(tokens, inputs).to(dtype), torch.randn(tokens, sum(widths)).to(dtype)
-    upload, num_chunks = an_upload(rows, op.chunk_tokens(tokens, on_gpu=True))
     wanted = y.clone()
-    op.add_adapters_torch(wanted, x, upload, table, first_module, widths)
+    op.add_adapters_torch(wanted, x, chunks_of(rows, tokens, "cpu", 4), table, first_module, widths)
     on_device = op.AdapterTable(table.memory.to(device), table.places.to(device), MAX_RANK)
     found = y.clone().to(device)
-    most = op.max_chunks(tokens, table.num_slots, on_gpu=True)
-    assert num_chunks <= most
     shared = Scratch.allocate(device, partial_elements=1 << 20) if scratch else None
-    gpu.add_adapters(found, x.to(device), upload.to(device), on_device, first_module, widths, most, shared)
+    gpu.add_adapters(found, x.to(device), chunks_of(rows, tokens, device, 4), on_device, first_module, widths, shared)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
     torch.testing.assert_close(found.cpu(), wanted, rtol=tolerance, atol=tolerance)
     assert torch.equal(found.cpu()[-3:], y[-3:])
 
 
-def test_kernel_of_many_tokens_takes_large_chunks(device: torch.device) -> None:
-    rows = [(0, 150), (-1, 30), (2, 110), (0, 9)]
-    table, deltas = a_table(3, [(128, 48)], torch.float32, seed=3)
+@pytest.mark.parametrize(("features", "widths"), [(128, [48]), (256, [32, 70]), (200, [33, 16, 40])])
+def test_kernel_of_many_tokens_takes_large_chunks(features: int, widths: list[int], device: torch.device) -> None:
+    """Their shrink reads x once for all modules, whose ranks differ."""
+    rows = [(0, 150), (-1, 30), (2, 110), (0, 9), (1, 20)]
+    table, deltas = a_table(3, [(features, width) for width in widths], torch.float32, seed=3)
     tokens = sum(count for _, count in rows)
-    assert op.chunk_tokens(tokens, on_gpu=True) == 64
-    x, y = torch.randn(tokens, 128), torch.randn(tokens, 48)
-    upload, num_chunks = an_upload(rows, 64)
+    chunks = chunks_of(rows, tokens, device, 3)
+    assert chunks.tokens == 64
+    assert gpu.tiling(chunks, features, len(widths)).modules_each == len(widths)
+    x, y = torch.randn(tokens, features), torch.randn(tokens, sum(widths))
     on_device = op.AdapterTable(table.memory.to(device), table.places.to(device), MAX_RANK)
     found = y.clone().to(device)
-    gpu.add_adapters(found, x.to(device), upload.to(device), on_device, 0, [48], num_chunks, None)
-    wanted = exact(x, y, rows, deltas, 0, [48])
+    gpu.add_adapters(found, x.to(device), chunks, on_device, 0, widths, None)
+    wanted = exact(x, y, rows, deltas, 0, widths)
     torch.testing.assert_close(found.cpu().double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("widths", [[72, 72], [144]], ids=["two modules", "one module of both"])
+@pytest.mark.parametrize("few", [True, False])
+def test_gated_kernel_equals_twin(
+    widths: list[int], few: bool, activation: Activation, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Rows without an adapter get the base's own gate and up."""
+    rows = [(1, 5), (-1, 3), (0, 40), (2, 1), (3, 17)] if few else [(1, 150), (-1, 70), (0, 33), (2, 10)]
+    table, deltas = a_table(4, [(384, 8), *((384, width) for width in widths)], dtype, seed=1)
+    tokens = sum(count for _, count in rows)
+    x, y = torch.randn(tokens, 384).to(dtype), torch.randn(tokens, 144).to(dtype)
+    wanted = gated(exact(x, y, rows, deltas, 1, widths), activation)
+    twin = op.add_adapters_gated_torch(y.clone(), x, chunks_of(rows, tokens, "cpu", 4), table, activation, 1, widths)
+    on_device = op.AdapterTable(table.memory.to(device), table.places.to(device), MAX_RANK)
+    found = gpu.add_adapters_gated(
+        y.to(device), x.to(device), chunks_of(rows, tokens, device, 4), on_device, activation, 1, widths, None
+    )
+    exactness = 1e-4 if dtype is torch.float32 else 6e-2
+    torch.testing.assert_close(twin.double(), wanted, rtol=exactness, atol=exactness)
+    torch.testing.assert_close(found.cpu(), twin, rtol=exactness, atol=exactness)
 
 
 @pytest.mark.parametrize("first", [0, 2])
@@ -149,7 +192,7 @@ def test_kernel_leaves_all_alone_without_chunks(first: int, device: torch.device
     on_device = op.AdapterTable(table.memory.to(device), table.places.to(device), MAX_RANK)
     x, y = torch.randn(5, 128, device=device), torch.randn(5, 32, device=device)
     before = y.clone()
-    gpu.add_adapters(y, x, op.zero_upload(device), on_device, first, [32], 5, None)
+    gpu.add_adapters(y, x, op.Chunks(op.zero_upload(device), layout.NUM_CHUNKS, 5, 16), on_device, first, [32], None)
     assert torch.equal(y, before)
 
 
@@ -164,9 +207,9 @@ def test_twin_equals_torchs_grouped_product() -> None:
     table = op.AdapterTable(torch.cat((a.reshape(-1), b.reshape(-1))), places, rank)
     tokens = sum(count for _, count in rows)
     x, y = torch.randn(tokens, inputs), torch.zeros(tokens, outputs)
-    upload, num_chunks = an_upload(rows, 1000)
-    op.add_adapters(y, x, upload, table, first_module=0, widths=[outputs], num_chunks=num_chunks)
-    order = upload[int(upload[layout.AT_ORDER]) :].long()
+    chunks = chunks_of(rows, tokens, "cpu", slots, 1000)
+    op.add_adapters(y, x, chunks, table, first_module=0, widths=[outputs])
+    order = chunks.upload[int(chunks.upload[layout.AT_ORDER]) :].long()
     ends = torch.tensor([8, 18, 19], dtype=torch.int32)
     hidden = torch.nn.functional.grouped_mm(x[order].bfloat16(), a.transpose(1, 2).bfloat16(), offs=ends)
     wanted = torch.nn.functional.grouped_mm(hidden, b.transpose(1, 2).bfloat16(), offs=ends)

@@ -8,7 +8,7 @@ PROGRAM = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from runtime.engine.kernels.gpu import activation, adapters, argmax, inputs, linear8, linear16, norm, quantized_rows, sample
+from runtime.engine.kernels.gpu import activation, adapters_triton, argmax, inputs, linear8, linear16, norm, quantized_rows, sample
 
 def check(kernel, constants, num_warps, **pointers):
     types = {name: "constexpr" if name in constants else pointers.get(name, "*i32" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
@@ -40,8 +40,11 @@ for codes, largest in (("*i8", 127.0), ("*fp8e4nv", 448.0)):
 tables = {"places_ptr": "*i64", "hidden_ptr": "*fp32", "memory_ptr": "*bf16", "y_ptr": "*bf16", **halves}
 for block_t, block_n, slices in ((16, 64, 3), (16, 128, 1), (64, 128, 2)):
     constants = {"HIDDEN_STRIDE": 256, "BLOCK_T": block_t, "BLOCK_R": 16, "PDL": True, "PRECISION": "tf32"}
-    check(adapters._shrink_kernel, {**constants, "EVEN_K": slices > 1, "BLOCK_K": 128}, 4, **tables)
-    check(adapters._expand_kernel, {**constants, "SLICES": slices, "SPLITS": 4, "BLOCK_N": block_n}, 4, **tables)
+    each = 1 if block_t == 16 else slices
+    check(adapters_triton.shrink_kernel, {**constants, "SLICES": slices, "EACH": each, "EVEN_K": slices > 1, "BLOCK_K": 128}, 4, **tables)
+    expand = {**constants, "SPLITS": 4, "BLOCK_N": block_n}
+    check(adapters_triton.expand_kernel, {**expand, "SLICES": slices}, 4, **tables)
+    check(adapters_triton.gated_expand_kernel, {**expand, "SLICES": min(slices, 2), "KIND": 1}, 8, **tables)
 print("compiled")
 """
 

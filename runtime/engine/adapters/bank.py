@@ -10,18 +10,29 @@ import torch
 from torch import Tensor
 
 from runtime.checkpoint.adapter_layout import AdapterTarget
+from runtime.engine.kernels.activation import Activation
 from runtime.engine.kernels.adapters import AdapterTable
 from runtime.engine.memory.device import VirtualRange
 
 
 class AdapterBank:
-    """Implements interfaces.AdapterBank. Use it from the engine thread, except what it says of the base."""
+    """Implements interfaces.AdapterBank. Use it from the engine thread, except what it says of the base.
+
+    `activation`: of the base's MLPs, where gate and up are one product; None = the base's own code applies it.
+    """
 
     def __init__(
-        self, memory: VirtualRange, targets: Sequence[AdapterTarget], dtype: torch.dtype, num_slots: int, max_rank: int
+        self,
+        memory: VirtualRange,
+        targets: Sequence[AdapterTarget],
+        dtype: torch.dtype,
+        num_slots: int,
+        max_rank: int,
+        activation: Activation | None,
     ) -> None:
         self.targets = tuple(targets)
         self.dtype = dtype
+        self.activation = activation
         self.num_slabs = memory.num_slabs
         self.num_slots = num_slots
         self._memory = memory

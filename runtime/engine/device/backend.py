@@ -229,6 +229,7 @@ class EngineBackend:
                     blueprint.card.dtype,
                     config.max_adapters,
                     config.max_adapter_rank,
+                    None if blueprint.spec is None else blueprint.spec.activation,
                 )
                 built = assemble(blueprint, memory.weights_view, memory.kv_view, kv, kv_dtype, memory, all_reduce, bank)
                 runner = ModelRunner(built, facts_of(blueprint, kv), config, self._state, lambda: not memory.pending)

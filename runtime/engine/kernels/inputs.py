@@ -2,16 +2,17 @@
 
 Layout of the upload, in int32 words:
 
-    header[16]: num_rows, num_tokens, num_samples, num_blocks, ring line, then where each section begins, in the order below;
-                num_chunks stands before the place of the chunks
+    header[20]: num_rows, num_tokens, num_samples, num_blocks, ring line, then where each section begins, in the order below;
+                a number of chunks stands before the place of the chunks
     per row:    slot · start (position of its first token in this step) · index of its first token in the batch (one
                 more entry: num_tokens) · where its ids begin in `tokens`, or -1 if its one id is the row's last drawn
                 token
     per sample: token whose logits are used · row slot
     blocks:     (row slot, index in its page table, page id) each
     tokens:     input ids
-    chunks:     (adapter's slot, first place in the order, number of tokens) each, if rows have adapters
-    order:      tokens that have an adapter, those of one adapter end to end
+    chunks:     (adapter's slot, first place in the order, number of tokens) each, if rows have adapters; slot -1 = no adapter
+    order:      all tokens, those of one adapter end to end
+    sample chunks, sample order: the same of the samples, unless every token is one
 
 Unused rows are padded with zero queries and unused tokens with slot -1, so that one CUDA graph serves every smaller
 step.
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from runtime.engine.kernels.step_inputs import StepInputs
 
-HEADER_WORDS = 16
+HEADER_WORDS = 20
 (
     NUM_ROWS,
     NUM_TOKENS,
@@ -40,7 +41,10 @@ HEADER_WORDS = 16
     NUM_CHUNKS,
     AT_CHUNKS,
     AT_ORDER,
-) = range(16)
+    NUM_SAMPLE_CHUNKS,
+    AT_SAMPLE_CHUNKS,
+    AT_SAMPLE_ORDER,
+) = range(19)
 
 
 def build_inputs(

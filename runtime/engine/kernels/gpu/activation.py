@@ -11,18 +11,23 @@ from runtime.engine.kernels.quantized_rows import QuantizedRows, largest
 
 
 @triton.jit
+def activated(g, KIND: tl.constexpr):
+    """Return act(g) of float32 `g`. KIND: as in GATE_CODES."""
+    if KIND == 1:
+        return g / (1.0 + tl.exp(-g))
+    elif KIND == 2:
+        inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
+        return g / (1.0 + tl.exp(-2.0 * inner))  # 0.5 (1 + tanh z) = sigmoid 2z
+    else:
+        return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+
+
+@triton.jit
 def _act_mul(base, cols, mask, width, KIND: tl.constexpr):
     """Return act(gate) × up of some columns of the row at `base`, in float32, 0 where `mask` is false."""
     gate = tl.load(base + cols, mask=mask, other=0.0)
     up = tl.load(base + width + cols, mask=mask, other=0.0)
-    g = gate.to(tl.float32)
-    if KIND == 1:
-        act = g / (1.0 + tl.exp(-g))
-    elif KIND == 2:
-        inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
-        act = g / (1.0 + tl.exp(-2.0 * inner))  # 0.5 (1 + tanh z) = sigmoid 2z
-    else:
-        act = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+    act = activated(gate.to(tl.float32), KIND)
     return act.to(gate.dtype).to(tl.float32) * up.to(tl.float32)
 
 

@@ -1,187 +1,23 @@
-"""LoRA adapters in Triton: a shrink over (chunks, modules, parts of the columns) and an expand over (lanes, blocks of outputs).
-
-The chunks of a block of outputs are dealt out to its lanes. Programs of a graph that has more chunks than the step find a rank of 0 and end. All that they read before they wait for the kernels before them
-(the upload, the table, the first matrix) was written before the step began.
-"""
+"""Launches the kernels of LoRA adapters (`adapters_triton.py`): shrink and expand, and how they cut their work."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from runtime.engine.kernels.adapters import FEW_TOKENS, MAX_MODULES, AdapterTable, chunk_tokens
+from runtime.engine.kernels.activation import GATE_CODES, Activation
+from runtime.engine.kernels.adapters import MAX_MODULES, SMALL_CHUNK, AdapterTable, Chunks
 from runtime.engine.kernels.gpu import pdl
-from runtime.engine.kernels.gpu.dot import dot_add, precision
+from runtime.engine.kernels.gpu.adapters_triton import expand_kernel, gated_expand_kernel, shrink_kernel
+from runtime.engine.kernels.gpu.dot import precision
 from runtime.engine.kernels.scratch import Scratch
 
 MOST_LANES = 16  # programs of an expand among which the chunks of a block of outputs are divided
-_BLOCK_K = 128
+_BLOCK_K, _BLOCK_K_OF_LARGE = 128, 64  # columns of a shrink's step, for small and large chunks
 _BLOCK_R = 16
 _FEW_CHUNKS = 16
-
-
-@triton.jit
-def _chunk(c, upload_ptr, places_ptr, num_modules, module, BLOCK_T: tl.constexpr):
-    """Return a chunk's first place in the order, the mask of its rows, its tokens, and where its matrices lie, with their rank."""
-    live = c < tl.load(upload_ptr + 13)
-    chunk_ptr = upload_ptr + tl.load(upload_ptr + 14) + 3 * c
-    slot = tl.load(chunk_ptr, mask=live, other=0).to(tl.int64)
-    first = tl.load(chunk_ptr + 1, mask=live, other=0)
-    count = tl.load(chunk_ptr + 2, mask=live, other=0)
-    place_ptr = places_ptr + (slot * num_modules + module) * 3
-    a_at = tl.multiple_of(tl.load(place_ptr), 64)
-    b_at = tl.multiple_of(tl.load(place_ptr + 1), 64)
-    rank = tl.load(place_ptr + 2).to(tl.int32)
-    rank = tl.multiple_of(tl.where(live, rank, 0), 16)
-    rows = tl.arange(0, BLOCK_T)
-    mask = rows < count
-    tokens = tl.load(upload_ptr + tl.load(upload_ptr + 15) + first + rows, mask=mask, other=0).to(tl.int64)
-    return first, mask, tokens, a_at, b_at, rank
-
-
-@triton.jit(do_not_specialize=["first_module", "num_modules", "steps_each", "hidden_rows"])
-def _shrink_kernel(
-    x_ptr,
-    upload_ptr,
-    places_ptr,
-    memory_ptr,
-    hidden_ptr,
-    K,
-    x_stride,
-    first_module,
-    num_modules,
-    steps_each,
-    hidden_rows,
-    HIDDEN_STRIDE: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PDL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    pdl.begin(PDL)
-    WORK: tl.constexpr = tl.float32 if PRECISION == "widen" else x_ptr.dtype.element_ty
-    module = tl.program_id(1)
-    split = tl.program_id(2)
-    first, mask, tokens, a_at, _b_at, rank = _chunk(
-        tl.program_id(0), upload_ptr, places_ptr, num_modules, first_module + module, BLOCK_T
-    )
-    rows = tl.arange(0, BLOCK_T)
-    ranks = tl.arange(0, BLOCK_R)
-    begin = split * steps_each * BLOCK_K
-    num_steps = tl.minimum(steps_each, tl.cdiv(K, BLOCK_K) - split * steps_each)
-    cols = begin + tl.arange(0, BLOCK_K)
-    inside = (cols < K)[None, :]
-    a_first_ptrs = memory_ptr + a_at + ranks.to(tl.int64)[:, None] * K + cols[None, :]
-    a_first = tl.load(a_first_ptrs, mask=inside & (rank > 0), other=0.0)
-    pdl.wait(PDL)
-    out_ptr = hidden_ptr + ((split * hidden_rows + first).to(tl.int64) * tl.num_programs(1) + module) * HIDDEN_STRIDE
-    out_ptrs = out_ptr + rows[:, None] * (tl.num_programs(1) * HIDDEN_STRIDE) + ranks[None, :]
-    for r in range(0, rank, BLOCK_R):
-        x_ptrs = x_ptr + tokens[:, None] * x_stride + cols[None, :]
-        a_ptrs = a_first_ptrs + r * K
-        x = tl.load(x_ptrs, mask=mask[:, None] & inside, other=0.0)
-        a = a_first
-        if r > 0:
-            a = tl.load(a_ptrs, mask=inside, other=0.0)
-        acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-        acc = dot_add(x.to(WORK), tl.trans(a.to(WORK)), acc, PRECISION)
-        for step in range(1, num_steps):
-            x_ptrs += BLOCK_K
-            a_ptrs += BLOCK_K
-            if EVEN_K:
-                x = tl.load(x_ptrs, mask=mask[:, None], other=0.0)
-                a = tl.load(a_ptrs)
-            else:
-                further = (cols + step * BLOCK_K < K)[None, :]
-                x = tl.load(x_ptrs, mask=mask[:, None] & further, other=0.0)
-                a = tl.load(a_ptrs, mask=further, other=0.0)
-            acc = dot_add(x.to(WORK), tl.trans(a.to(WORK)), acc, PRECISION)
-        tl.store(out_ptrs + r, acc, mask=mask[:, None])
-
-
-@triton.jit(do_not_specialize=["first_module", "num_modules", "num_splits", "hidden_rows"])
-def _expand_kernel(
-    y_ptr,
-    upload_ptr,
-    places_ptr,
-    memory_ptr,
-    hidden_ptr,
-    W0,
-    W1,
-    W2,
-    y_stride,
-    first_module,
-    num_modules,
-    num_splits,
-    hidden_rows,
-    SLICES: tl.constexpr,
-    SPLITS: tl.constexpr,
-    HIDDEN_STRIDE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PDL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    pdl.begin(PDL)
-    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
-    WORK: tl.constexpr = tl.float32 if PRECISION == "widen" else DTYPE
-    # which module this block of outputs belongs to, and its first column
-    block = tl.program_id(1)
-    module = 0
-    width = W0
-    column = 0
-    if SLICES > 1:
-        blocks0 = tl.cdiv(W0, BLOCK_N)
-        if block >= blocks0:
-            module = 1
-            block -= blocks0
-            width = W1
-            column = W0
-            if SLICES > 2:
-                blocks1 = tl.cdiv(W1, BLOCK_N)
-                if block >= blocks1:
-                    module = 2
-                    block -= blocks1
-                    width = W2
-                    column = W0 + W1
-    rows = tl.arange(0, BLOCK_T)
-    ranks = tl.arange(0, BLOCK_R)
-    parts = tl.arange(0, SPLITS)
-    outs = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = outs < width
-    part_stride = hidden_rows.to(tl.int64) * (SLICES * HIDDEN_STRIDE)
-    num_chunks = tl.load(upload_ptr + 13)
-    if tl.program_id(0) >= num_chunks:
-        pdl.wait(PDL)
-    for c in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
-        first, mask, tokens, _a_at, b_at, rank = _chunk(
-            c, upload_ptr, places_ptr, num_modules, first_module + module, BLOCK_T
-        )
-        b_ptrs = memory_ptr + b_at + outs.to(tl.int64)[:, None] * rank + ranks[None, :]
-        b_first = tl.load(b_ptrs, mask=mask_n[:, None] & (rank > 0), other=0.0)
-        pdl.wait(PDL)
-        h_ptr = hidden_ptr + (first.to(tl.int64) * SLICES + module) * HIDDEN_STRIDE
-        h_ptrs = h_ptr + rows[:, None] * (SLICES * HIDDEN_STRIDE) + ranks[None, :]
-        # All parts at once: one after the other, each would wait for the memory.
-        part_ptrs = h_ptrs[None, :, :] + parts[:, None, None] * part_stride
-        mask_h = (parts < num_splits)[:, None, None] & mask[None, :, None]
-        y_ptrs = y_ptr + tokens[:, None] * y_stride + (column + outs)[None, :]
-        touched = mask[:, None] & mask_n[None, :] & (rank > 0)
-        y = tl.load(y_ptrs, mask=touched, other=0.0).to(tl.float32)
-        acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-        for r in range(0, rank, BLOCK_R):
-            h = tl.sum(tl.load(part_ptrs + r, mask=mask_h, other=0.0), 0)
-            b = b_first
-            if r > 0:
-                b = tl.load(b_ptrs + r, mask=mask_n[:, None], other=0.0)
-            acc = dot_add(h.to(DTYPE).to(WORK), tl.trans(b.to(WORK)), acc, PRECISION)
-        tl.store(y_ptrs, (y + acc).to(DTYPE), mask=touched)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,55 +32,65 @@ class Shrunk:
 def add_adapters(
     y: Tensor,
     x: Tensor,
-    upload: Tensor,
+    chunks: Chunks,
     table: AdapterTable,
     first_module: int,
     widths: Sequence[int],
-    num_chunks: int,
     scratch: Scratch | None,
 ) -> None:
     """See runtime.engine.kernels.adapters.add_adapters."""
-    shrunk = shrink(x, upload, table, first_module, len(widths), num_chunks, scratch)
-    expand(y, shrunk, upload, table, first_module, widths, num_chunks)
+    expand(y, shrink(x, chunks, table, first_module, len(widths), scratch), chunks, table, first_module, widths)
+
+
+def add_adapters_gated(
+    y: Tensor,
+    x: Tensor,
+    chunks: Chunks,
+    table: AdapterTable,
+    activation: Activation,
+    first_module: int,
+    widths: Sequence[int],
+    scratch: Scratch | None,
+) -> Tensor:
+    """See runtime.engine.kernels.adapters.add_adapters_gated."""
+    shrunk = shrink(x, chunks, table, first_module, len(widths), scratch)
+    return expand_gated(y, shrunk, chunks, table, activation, first_module, widths)
 
 
 def shrink(
-    x: Tensor,
-    upload: Tensor,
-    table: AdapterTable,
-    first_module: int,
-    slices: int,
-    num_chunks: int,
-    scratch: Scratch | None = None,
+    x: Tensor, chunks: Chunks, table: AdapterTable, first_module: int, slices: int, scratch: Scratch | None = None
 ) -> Shrunk:
     """Launch h = A · x for `slices` modules. Without `scratch`, the sums have memory of their own."""
     num_tokens, in_features = x.shape
     if not 0 < slices <= MAX_MODULES or x.stride(1) != 1:
         raise ValueError(f"x {list(x.shape)} with strides {x.stride()} does not fit {slices} modules")
     stride = triton.next_power_of_2(max(table.max_rank, _BLOCK_R))
-    how = tiling(num_tokens, num_chunks, in_features)
+    how = tiling(chunks, in_features, slices)
     elements = how.splits * num_tokens * slices * stride
     # Every launch that uses the scratch waits for the kernels before it, so the parts live until the expand has read them.
     if scratch is not None and scratch.partials.numel() >= elements:
         parts = scratch.partials
     else:
         parts = torch.empty(elements, dtype=torch.float32, device=x.device)
-    if num_tokens and num_chunks:
-        _shrink_kernel[(num_chunks, slices, how.splits)](
+    if num_tokens and chunks.most:
+        shrink_kernel[(chunks.most, slices // how.modules_each, how.splits)](
             x,
-            upload,
+            chunks.upload,
             table.places,
             table.memory,
             parts,
             in_features,
             x.stride(0),
+            chunks.word,
             first_module,
             table.places.shape[1],
             how.steps_each,
             num_tokens,
+            SLICES=slices,
+            EACH=how.modules_each,
             HIDDEN_STRIDE=stride,
             EVEN_K=in_features % how.block_k == 0,
-            BLOCK_T=chunk_tokens(num_tokens, on_gpu=True),
+            BLOCK_T=chunks.tokens,
             BLOCK_K=how.block_k,
             BLOCK_R=_BLOCK_R,
             PDL=pdl.overlaps(x),
@@ -257,30 +103,25 @@ def shrink(
 
 
 def expand(
-    y: Tensor,
-    shrunk: Shrunk,
-    upload: Tensor,
-    table: AdapterTable,
-    first_module: int,
-    widths: Sequence[int],
-    num_chunks: int,
+    y: Tensor, shrunk: Shrunk, chunks: Chunks, table: AdapterTable, first_module: int, widths: Sequence[int]
 ) -> None:
     """Launch y += B · h for the modules that were shrunk."""
     num_tokens = y.shape[0]
     if y.shape != (num_tokens, sum(widths)) or y.stride(1) != 1:
         raise ValueError(f"y {list(y.shape)} with strides {y.stride()} does not fit modules of widths {widths}")
-    if not num_tokens or not num_chunks:
+    if not num_tokens or not chunks.most:
         return
-    block_n = outputs_of_block(num_tokens)
-    _expand_kernel[(min(num_chunks, MOST_LANES), sum(triton.cdiv(width, block_n) for width in widths))](
+    block_n, num_warps = outputs_of_block(chunks)
+    expand_kernel[(min(chunks.most, MOST_LANES), sum(triton.cdiv(width, block_n) for width in widths))](
         y,
-        upload,
+        chunks.upload,
         table.places,
         table.memory,
         shrunk.parts,
         *widths,
         *[0] * (MAX_MODULES - len(widths)),
         y.stride(0),
+        chunks.word,
         first_module,
         table.places.shape[1],
         shrunk.num_splits,
@@ -288,34 +129,92 @@ def expand(
         SLICES=len(widths),
         SPLITS=triton.next_power_of_2(shrunk.num_splits),
         HIDDEN_STRIDE=shrunk.stride,
-        BLOCK_T=chunk_tokens(num_tokens, on_gpu=True),
+        BLOCK_T=chunks.tokens,
         BLOCK_N=block_n,
         BLOCK_R=_BLOCK_R,
         PDL=pdl.overlaps(y),
         PRECISION=precision(y),
-        num_warps=4,
+        num_warps=num_warps,
         num_stages=2,
         **pdl.options(y),
     )
 
 
+def expand_gated(
+    y: Tensor,
+    shrunk: Shrunk,
+    chunks: Chunks,
+    table: AdapterTable,
+    activation: Activation,
+    first_module: int,
+    widths: Sequence[int],
+) -> Tensor:
+    """Launch act(gate + B · h) × (up + B · h) for the modules that were shrunk: gate and up, or one module of both."""
+    num_tokens, width = y.shape[0], y.shape[1] // 2
+    if tuple(widths) not in ((width, width), (2 * width,)) or y.stride(1) != 1:
+        raise ValueError(f"y {list(y.shape)} with strides {y.stride()} does not fit gate and up of widths {widths}")
+    out = y.new_empty((num_tokens, width))
+    if not num_tokens or not chunks.most:
+        return out
+    block_n, num_warps = gated_outputs_of_block(chunks)
+    gated_expand_kernel[(min(chunks.most, MOST_LANES), triton.cdiv(width, block_n))](
+        out,
+        y,
+        chunks.upload,
+        table.places,
+        table.memory,
+        shrunk.parts,
+        width,
+        y.stride(0),
+        chunks.word,
+        first_module,
+        table.places.shape[1],
+        shrunk.num_splits,
+        num_tokens,
+        KIND=GATE_CODES[activation],
+        SLICES=len(widths),
+        SPLITS=triton.next_power_of_2(shrunk.num_splits),
+        HIDDEN_STRIDE=shrunk.stride,
+        BLOCK_T=chunks.tokens,
+        BLOCK_N=block_n,
+        BLOCK_R=_BLOCK_R,
+        PDL=pdl.overlaps(y),
+        PRECISION=precision(y),
+        num_warps=num_warps,
+        num_stages=2,
+        **pdl.options(y),
+    )
+    return out
+
+
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a shrink cuts the columns: into `splits` parts of `steps_each` blocks of `block_k` columns."""
+    """How a shrink cuts its work: the columns into `splits` parts of `steps_each` blocks of `block_k` columns, the modules by `modules_each`."""
 
     block_k: int
     splits: int
     steps_each: int
+    modules_each: int
 
 
-def tiling(num_tokens: int, num_chunks: int, in_features: int) -> Tiling:
-    """Cut the columns into enough parts to keep a GPU busy. Each program of the expand reads all parts, so more than these would cost more."""
-    most = 8 if 1 < num_chunks <= _FEW_CHUNKS and num_tokens <= FEW_TOKENS else 4
-    steps = triton.cdiv(in_features, _BLOCK_K)
+def tiling(chunks: Chunks, in_features: int, slices: int) -> Tiling:
+    """Cut the columns into enough parts to keep a GPU busy. Each program of the expand reads all parts, so more than these would cost more.
+
+    Large chunks alone are enough programs, so each reads its rows of x once, for all modules.
+    """
+    is_small = chunks.tokens <= SMALL_CHUNK
+    block_k = _BLOCK_K if is_small else _BLOCK_K_OF_LARGE
+    most = 8 if 1 < chunks.most <= _FEW_CHUNKS and is_small else 4
+    steps = triton.cdiv(in_features, block_k)
     steps_each = triton.cdiv(steps, min(most, steps))
-    return Tiling(_BLOCK_K, triton.cdiv(steps, steps_each), steps_each)
+    return Tiling(block_k, triton.cdiv(steps, steps_each), steps_each, 1 if is_small else slices)
 
 
-def outputs_of_block(num_tokens: int) -> int:
-    """Return the outputs of one program of the expand."""
-    return 128 if num_tokens > FEW_TOKENS else 256
+def outputs_of_block(chunks: Chunks) -> tuple[int, int]:
+    """Return the outputs and the warps of one program of the expand."""
+    return (256, 4) if chunks.tokens <= SMALL_CHUNK else (128, 8)
+
+
+def gated_outputs_of_block(chunks: Chunks) -> tuple[int, int]:
+    """Return the outputs, each of a gate and an up, and the warps of one program of the gated expand."""
+    return (128, 4) if chunks.tokens <= SMALL_CHUNK else (64, 8)

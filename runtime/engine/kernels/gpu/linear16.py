@@ -8,19 +8,9 @@ from torch import Tensor
 
 from runtime.engine.kernels.activation import GATE_CODES, Activation
 from runtime.engine.kernels.gpu import linear16_cuda, pdl
+from runtime.engine.kernels.gpu.activation import activated
 from runtime.engine.kernels.gpu.dot import dot_add, precision
 from runtime.engine.kernels.scratch import Scratch
-
-
-@triton.jit
-def _activated(g, KIND: tl.constexpr):
-    if KIND == 1:
-        return g / (1.0 + tl.exp(-g))
-    elif KIND == 2:
-        inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
-        return g / (1.0 + tl.exp(-2.0 * inner))
-    else:
-        return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
 
 
 @triton.jit
@@ -131,7 +121,7 @@ def _linear16_kernel(
             up += tl.load(bias_ptr + N + rows_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
     if KIND > 0:
         # Round where the separate kernels would round.
-        gate = _activated(acc.to(DTYPE).to(tl.float32), KIND).to(DTYPE).to(tl.float32)
+        gate = activated(acc.to(DTYPE).to(tl.float32), KIND).to(DTYPE).to(tl.float32)
         acc = gate * up.to(DTYPE).to(tl.float32)
     place = rows_m.to(tl.int64)[None, :] * N + rows_n[:, None]
     tl.store(out_ptr + place, acc.to(DTYPE), mask=mask_n[:, None] & mask_m[None, :])

@@ -12,15 +12,17 @@ def group_by_adapter(adapters: Sequence[int], firsts: Ints, chunk_tokens: int) -
     """Return the chunks [C, 3] (slot, first place in the order, number of tokens) and the order, token indices.
 
     `adapters` [B] has each row's slot, -1 for none; row b has the tokens firsts[b] … firsts[b + 1] - 1. No chunk has more than `chunk_tokens` tokens.
+    Tokens without an adapter come last, in chunks of slot -1.
     """
     slots = np.asarray(adapters, np.int64)
-    rows = np.flatnonzero(slots >= 0)
-    rows = rows[np.argsort(slots[rows], kind="stable")]
+    # As unsigned numbers, -1 is the largest.
+    rows = np.argsort(slots.view(np.uint64), kind="stable")
     counts = (firsts[1:] - firsts[:-1])[rows]
     ends = np.cumsum(counts)
     order = np.repeat(firsts[rows] - (ends - counts), counts) + np.arange(int(counts.sum()))
-    found, at = np.unique(slots[rows], return_index=True)
-    sizes = np.add.reduceat(counts, at) if len(found) else counts
+    at = np.flatnonzero(np.diff(slots[rows], prepend=-2))
+    found = slots[rows[at]]
+    sizes = np.add.reduceat(counts, at)
     num_chunks = -(-sizes // chunk_tokens)
     inside = (
         np.arange(int(num_chunks.sum())) - np.repeat(np.cumsum(num_chunks) - num_chunks, num_chunks)

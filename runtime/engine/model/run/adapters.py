@@ -2,13 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from runtime.engine.kernels.adapters import AdapterTable, add_adapters
+from runtime.engine.kernels.activation import Activation
+from runtime.engine.kernels.adapters import AdapterTable, Chunks, add_adapters, add_adapters_gated
 from runtime.engine.kernels.scratch import Scratch
 from runtime.errors import EngineFault
+
+if TYPE_CHECKING:
+    from runtime.engine.kernels.gpu.adapters import Shrunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,52 +29,75 @@ class StepAdapters:
     """The adapters of a step in which at least one row has one.
 
     Attributes:
-        upload: the step's words, with the chunks (kernels/inputs.py).
+        chunks: the tokens grouped by adapter.
         num_tokens: of the step, padding included.
-        num_chunks: at least as many as the upload has.
         beside: a stream for what may run beside the base's own products in a CUDA graph; None on a CPU.
+        of_samples: the same for the tokens whose logits are computed, once all others are dropped; None = none may be dropped.
     """
 
-    upload: Tensor
+    chunks: Chunks
     table: AdapterTable
     num_tokens: int
-    num_chunks: int
     beside: "torch.cuda.Stream | None" = None
+    of_samples: "StepAdapters | None" = None
 
     def around(self, site: AdapterSite, x: Tensor, product: Callable[[], Tensor], scratch: Scratch | None) -> Tensor:
         """Return the base's own `product` of `x` [T, K] with the adapters' added.
 
         In a graph, half of the adapters' work runs beside the product. Without a graph, the events for that would take the host longer than it saves.
         """
+        self._check(x)
         if self.beside is None or not torch.cuda.is_current_stream_capturing():
             y = product()
-            self.add(site, x, y, scratch)
+            add_adapters(
+                y, x, self.chunks, self.table, first_module=site.first_module, widths=site.widths, scratch=scratch
+            )
             return y
         from runtime.engine.kernels.gpu import adapters
 
-        self._check(x)
-        main = torch.cuda.current_stream(x.device)
-        self.beside.wait_stream(main)
-        with torch.cuda.stream(self.beside):  # without the scratch, which the product uses
-            shrunk = adapters.shrink(x, self.upload, self.table, site.first_module, len(site.widths), self.num_chunks)
-        y = product()
-        main.wait_stream(self.beside)
-        adapters.expand(y, shrunk, self.upload, self.table, site.first_module, site.widths, self.num_chunks)
+        y, shrunk = self._beside(self.beside, site, x, product)
+        adapters.expand(y, shrunk, self.chunks, self.table, site.first_module, site.widths)
         return y
 
-    def add(self, site: AdapterSite, x: Tensor, y: Tensor, scratch: Scratch | None) -> None:
-        """Add the adapters' products of `x` [T, K] to `y` [T, N], the base's own output."""
+    def around_gated(
+        self,
+        site: AdapterSite,
+        x: Tensor,
+        product: Callable[[], Tensor],
+        activation: Activation,
+        scratch: Scratch | None,
+    ) -> Tensor:
+        """Return act(gate) × up, where gate and up are the base's own `product` of `x` [T, K] with the adapters' added."""
         self._check(x)
-        add_adapters(
-            y,
-            x,
-            self.upload,
-            self.table,
-            first_module=site.first_module,
-            widths=site.widths,
-            num_chunks=self.num_chunks,
-            scratch=scratch,
-        )
+        if self.beside is None or not torch.cuda.is_current_stream_capturing():
+            return add_adapters_gated(
+                product(),
+                x,
+                self.chunks,
+                self.table,
+                activation,
+                first_module=site.first_module,
+                widths=site.widths,
+                scratch=scratch,
+            )
+        from runtime.engine.kernels.gpu import adapters
+
+        y, shrunk = self._beside(self.beside, site, x, product)
+        return adapters.expand_gated(y, shrunk, self.chunks, self.table, activation, site.first_module, site.widths)
+
+    def _beside(
+        self, stream: "torch.cuda.Stream", site: AdapterSite, x: Tensor, product: Callable[[], Tensor]
+    ) -> "tuple[Tensor, Shrunk]":
+        """Return the base's own product and the shrunk `x`, which was computed on `stream` meanwhile."""
+        from runtime.engine.kernels.gpu import adapters
+
+        main = torch.cuda.current_stream(x.device)
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream):  # without the scratch, which the product uses
+            shrunk = adapters.shrink(x, self.chunks, self.table, site.first_module, len(site.widths))
+        y = product()
+        main.wait_stream(stream)
+        return y, shrunk
 
     def _check(self, x: Tensor) -> None:
         if x.shape[0] != self.num_tokens:

@@ -13,11 +13,11 @@ from torch.nn import functional
 
 from common.model_key import Quantization
 from runtime.checkpoint.adapter_layout import AdapterTarget
-from runtime.engine.kernels.activation import act_mul
+from runtime.engine.kernels.activation import Activation
 from runtime.engine.kernels.norm import add_rms_norm, rms_norm
 from runtime.engine.kernels.quantized_rows import QuantizedRows
 from runtime.engine.memory.weight_readiness import WeightReadiness
-from runtime.engine.model.run.adapters import AdapterSite
+from runtime.engine.model.run.adapters import AdapterSite, StepAdapters
 from runtime.engine.model.run.attention import attend, rope_write
 from runtime.engine.model.run.fused_spec import HeadPart, LayerSpec, LinearRef, StackSpec
 from runtime.engine.model.run.layer_inputs import gated, input_codes, normed, product
@@ -125,14 +125,16 @@ class FusedStack:
             residual.mul_(self._embed_scale)
         turns = {key: table(positions, self._dtype) for key, table in self._tables.items()}
 
-        adapted = step.adapters is not None
+        adapters = step.adapters
         branch: Tensor | None = None
+        are_selected = step.each_samples
         for index, layer in enumerate(self._layers):
             if arriving:
                 self._arrival.wait(layer.group)
             # Adapters read what the layers read, before it is quantised.
             qkv_codes, gate_up_codes, down_codes = (
-                None if adapted else input_codes(linear) for linear in (layer.qkv, layer.gate_up, layer.down)
+                None if adapters is not None else input_codes(linear)
+                for linear in (layer.qkv, layer.gate_up, layer.down)
             )
             hidden, residual = normed(branch, residual, layer.input_norm, eps, plus_one, qkv_codes)
             cos, sin = turns[layer.spec.rope_key]
@@ -140,31 +142,30 @@ class FusedStack:
                 step,
                 layer.spec.attention,
                 layer.spec.rope,
-                _product(step, layer.qkv, layer.sites, "qkv", hidden),
+                _product(step, adapters, layer.qkv, layer.sites, "qkv", hidden),
                 cos,
                 sin,
                 layer.q_norm,
                 layer.k_norm,
             )
             mixed = attend(step, layer.spec.attention, q).flatten(1)
-            if index == len(self._layers) - 1 and not step.each_samples and not adapted:
-                # After the last attention, tokens are independent, so only the requested ones continue. Chunks of adapters name all tokens.
+            may_select = adapters is None or adapters.of_samples is not None
+            if index == len(self._layers) - 1 and not step.each_samples and may_select:
+                # After the last attention, tokens are independent, so only the requested ones continue.
                 mixed, residual = mixed.index_select(0, logits_at), residual.index_select(0, logits_at)
-            out = _product(step, layer.out, layer.sites, "out", mixed)
+                adapters = None if adapters is None else adapters.of_samples
+                are_selected = True
+            out = _product(step, adapters, layer.out, layer.sites, "out", mixed)
             branch = self._scaled(self._summed(out), layer.after_attention_norm)
             hidden, residual = normed(branch, residual, layer.mlp_norm, eps, plus_one, gate_up_codes)
-            inner: Tensor | QuantizedRows
-            if adapted:
-                inner = act_mul(_product(step, layer.gate_up, layer.sites, "gate_up", hidden), spec.activation)
-            else:
-                inner = gated(layer.gate_up, hidden, spec.activation, down_codes, step.scratch)
-            down = _product(step, layer.down, layer.sites, "down", inner)
+            inner = _gated(step, adapters, layer, hidden, spec.activation, down_codes)
+            down = _product(step, adapters, layer.down, layer.sites, "down", inner)
             branch = self._scaled(self._summed(down), layer.after_mlp_norm)
 
         if arriving:
             self._arrival.wait(self._last_group)
         assert branch is not None, "a stack has layers"
-        if adapted and not step.each_samples:
+        if not are_selected:
             branch, residual = branch.index_select(0, logits_at), residual.index_select(0, logits_at)
         last, _ = add_rms_norm(branch, residual, self._norm, eps, plus_one)
         if step.num_hidden:
@@ -209,17 +210,36 @@ def _head_rows(spec: StackSpec, views: Mapping[str, Tensor], head: HeadPart | No
 
 def _product(
     step: StepContext,
+    adapters: StepAdapters | None,
     linear: Linear,
     sites: _Sites | None,
-    group: Literal["qkv", "out", "gate_up", "down"],
+    group: Literal["qkv", "out", "down"],
     x: Tensor | QuantizedRows,
 ) -> Tensor:
     """Return the output of one group of a layer, with that of the step's adapters."""
-    if step.adapters is None:
+    if adapters is None:
         return product(linear, x, step.scratch)
     assert sites is not None, "the stack was built without adapters"
     assert isinstance(x, Tensor), "adapters take activations that are not quantised"
-    return step.adapters.around(getattr(sites, group), x, lambda: linear(x, step.scratch), step.scratch)
+    return adapters.around(getattr(sites, group), x, lambda: linear(x, step.scratch), step.scratch)
+
+
+def _gated(
+    step: StepContext,
+    adapters: StepAdapters | None,
+    layer: _Layer,
+    x: Tensor | QuantizedRows,
+    activation: Activation,
+    codes: torch.dtype | None,
+) -> Tensor | QuantizedRows:
+    """Return act(gate) × up of a layer, with the outputs of the step's adapters. `codes`: as in `gated`."""
+    if adapters is None:
+        return gated(layer.gate_up, x, activation, codes, step.scratch)
+    assert layer.sites is not None, "the stack was built without adapters"
+    assert isinstance(x, Tensor), "adapters take activations that are not quantised"
+    return adapters.around_gated(
+        layer.sites.gate_up, x, lambda: layer.gate_up(x, step.scratch), activation, step.scratch
+    )
 
 
 def _sites(layer: LayerSpec, targets: Sequence[AdapterTarget]) -> _Sites:

@@ -9,7 +9,7 @@ import torch
 
 from runtime.engine.interfaces import StepPlan
 from runtime.engine.kernels import inputs as layout
-from runtime.engine.kernels.adapters import chunk_tokens
+from runtime.engine.kernels.adapters import SMALL_CHUNK, chunk_tokens, sample_chunk_tokens
 from runtime.engine.model.run.adapter_chunks import group_by_adapter
 from runtime.errors import EngineFault
 
@@ -26,7 +26,7 @@ class StepShape:
         sample_rows: [S] its row slot.
         sample_positions: [S] the position that the drawn token will have.
         firsts: [B + 1] first token of each row in the batch.
-        num_chunks: chunks of tokens with the same adapter; 0 if no row has one.
+        num_chunks: chunks of tokens with the same adapter or none; 0 if no row has one.
     """
 
     num_tokens: int
@@ -69,9 +69,13 @@ def pack(
         before_end = np.cumsum(samples)[sample_at] - np.arange(num_samples)
     ends = starts + counts
     blocks = plan.new_blocks[:max_blocks] if len(plan.new_blocks) > max_blocks else plan.new_blocks
-    chunks = order = _NOTHING
+    chunks = order = sampled = sampled_order = _NOTHING
     if plan.adapters:
         chunks, order = group_by_adapter(plan.adapters, firsts, chunk_tokens(num_tokens, on_gpu=on_gpu))
+        if num_samples and (num_samples < num_tokens or num_tokens > num_rows):
+            size = sample_chunk_tokens(num_samples, on_gpu=on_gpu)
+            of_samples = [plan.adapters[row] for row in sample_at.tolist()]
+            sampled, sampled_order = group_by_adapter(of_samples, np.arange(num_samples + 1), size)
     shape = StepShape(
         num_tokens,
         num_rows,
@@ -95,10 +99,13 @@ def pack(
         (layout.AT_TOKENS, plan.tokens),
         (layout.AT_CHUNKS, chunks.ravel()),
         (layout.AT_ORDER, order),
+        (layout.AT_SAMPLE_CHUNKS, sampled.ravel()),
+        (layout.AT_SAMPLE_ORDER, sampled_order),
     ]
     words[layout.NUM_ROWS], words[layout.NUM_TOKENS] = num_rows, num_tokens
     words[layout.NUM_SAMPLES], words[layout.NUM_BLOCKS] = num_samples, len(blocks)
     words[layout.RING_LINE], words[layout.NUM_CHUNKS] = line, len(chunks)
+    words[layout.NUM_SAMPLE_CHUNKS] = len(sampled)
     at = layout.HEADER_WORDS
     for name, values in sections:
         words[name] = at
@@ -123,9 +130,10 @@ class InputRing:
         self.max_blocks = max_blocks
         self._max_tokens = max_tokens
         self._max_rows = max_rows
-        # Tokens come as ids and in the order of their adapters. There are no more chunks than rows and full chunks.
-        num_chunks = max_rows + max_tokens // 16
-        num_words = layout.HEADER_WORDS + 7 * max_rows + 2 * max_tokens + 3 * (max_blocks + num_chunks) + 1
+        # Tokens come as ids and in the order of their adapters, and samples, of which there are no more than rows, in that order. There are no more
+        # chunks than rows and full chunks, and no more chunks of samples than samples.
+        num_chunks = 2 * max_rows + max_tokens // SMALL_CHUNK
+        num_words = layout.HEADER_WORDS + 8 * max_rows + 2 * max_tokens + 3 * (max_blocks + num_chunks) + 1
         on_gpu = device.type == "cuda"
         self._on_gpu = on_gpu
         self.device_words = torch.zeros(num_words, dtype=torch.int32, device=device)

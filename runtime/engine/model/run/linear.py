@@ -88,11 +88,11 @@ class LinearModule(nn.Module):
         self._site = site
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x)
         adapters = None if self._port is None else self._port.adapters
-        if adapters is not None and self._site is not None:
-            adapters.add(self._site, x.reshape(-1, self.in_features), y.view(-1, self.out_features), None)
-        return y
+        if adapters is None or self._site is None:
+            return self.linear(x)
+        rows = x.reshape(-1, self.in_features)
+        return adapters.around(self._site, rows, lambda: self.linear(rows), None).view(*x.shape[:-1], self.out_features)
 
 
 def make_linear(name: str, views: dict[str, Tensor], quantization: Quantization) -> Linear:

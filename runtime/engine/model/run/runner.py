@@ -14,7 +14,7 @@ import torch
 from runtime.config.schema import EngineConfig
 from runtime.engine.grammar.interfaces import TokenMasks, mask_words
 from runtime.engine.interfaces import Bucket, GraphChoice, RowSetup, StepPlan
-from runtime.engine.kernels.adapters import max_chunks
+from runtime.engine.kernels.adapters import sample_chunks, token_chunks
 from runtime.engine.kernels.argmax import draw_largest, largest
 from runtime.engine.kernels.inputs import build_inputs, commit_draws
 from runtime.engine.model.run.adapters import StepAdapters
@@ -136,6 +136,7 @@ class ModelRunner:
         if padded_to is not None:
             logits = self._graphs.run(padded_to)
         else:
+            num_samples = max(1, shape.num_samples)
             logits, hidden = self._pass(
                 shape.num_tokens,
                 shape.num_rows,
@@ -145,7 +146,11 @@ class ModelRunner:
                 further_at,
                 greedy=plain,
                 hidden_at=hidden_at,
-                adapters=self._adapters(shape.num_tokens, shape.num_chunks) if plan.adapters else None,
+                adapters=(
+                    self._adapters(shape.num_tokens, 0 if further_at or plan.pooled else num_samples, shape.num_chunks)
+                    if plan.adapters
+                    else None
+                ),
             )
         pooled = None if hidden is None else pool(plan, hidden)
         return _ForwardPass(plan, shape, line, logits, plain, padded_to is None, pooled)
@@ -240,7 +245,7 @@ class ModelRunner:
             bucket.max_context_len,
             [],
             greedy=True,
-            adapters=self._adapters(bucket.num_tokens) if bucket.adapted else None,
+            adapters=self._adapters(bucket.num_tokens, bucket.num_rows) if bucket.adapted else None,
         )
         return logits
 
@@ -250,14 +255,20 @@ class ModelRunner:
         likely = (bucket.within(state.max_rows, state.max_tokens)._replace(adapted=True) for bucket in standard())
         self._graphs.expect(tuple(dict.fromkeys(likely)))
 
-    def _adapters(self, num_tokens: int, num_chunks: int | None = None) -> StepAdapters:
-        """Describe the adapters of a step. `num_chunks`: None = as many as any step of this size has."""
-        table = self._built.adapters
+    def _adapters(self, num_tokens: int, num_samples: int, num_chunks: int | None = None) -> StepAdapters:
+        """Describe the adapters of a step.
+
+        `num_samples`: tokens whose logits are computed; 0 = others are kept, too. `num_chunks`: None = as many as any step of this size has.
+        """
+        state, table = self._state, self._built.adapters
         if table is None:
             raise EngineFault("the model was built without adapters")
-        if num_chunks is None:
-            num_chunks = max_chunks(num_tokens, table.num_slots, on_gpu=self._state.device.type == "cuda")
-        return StepAdapters(self._state.uploads.device_words, table, num_tokens, num_chunks, self._state.beside)
+        words, beside = state.uploads.device_words, state.beside
+        of_samples = None
+        if num_samples:
+            of_samples = StepAdapters(sample_chunks(words, num_samples, table.num_slots), table, num_samples, beside)
+        chunks = token_chunks(words, num_tokens, table.num_slots, num_chunks)
+        return StepAdapters(chunks, table, num_tokens, beside, of_samples)
 
     def _draw(
         self, logits: torch.Tensor, shape: StepShape, masks: StepMaskLines | None, scored: list[int], *, eager: bool
