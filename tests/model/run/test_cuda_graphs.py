@@ -189,6 +189,12 @@ def test_cuda_graphs_likely_sizes_are_those_of_steps() -> None:
         assert bucket_of(bucket.num_tokens, bucket.num_rows, bucket.num_rows, bucket.max_query_len, 1000) == bucket
 
 
+@pytest.mark.parametrize("tokens", [1, 40, 100, 256, 384])
+def test_cuda_graphs_of_a_single_request_come_first(tokens: int) -> None:
+    buckets = standard()
+    assert bucket_of(tokens, 1, 1, tokens, 400) in buckets[:8]
+
+
 def idle_pool(limit_bytes: int = 1000) -> GraphPool:
     """A pool without a device; every graph takes 100 bytes."""
     pool = GraphPool(torch.device("cpu"), enabled=False, limit_bytes=limit_bytes)

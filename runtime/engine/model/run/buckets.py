@@ -39,8 +39,8 @@ def standard() -> tuple[Bucket, ...]:
     others = [_decode(rows, context) for rows in DECODE_ROWS if rows not in _LIKELY_ROWS]
     many = [_mixed(tokens, MIXED_ROWS[-1]) for tokens in MIXED_TOKENS]
     few = [_mixed(tokens, MIXED_ROWS[0]) for tokens in MIXED_TOKENS if tokens > _ANY_ROWS_TOKENS]
-    # First a single request, then many that arrive one after another.
-    return (likely[0], *many[:3], *few[:2], *likely[1:], *many[3:], *few[2:], *others)
+    # First a single request with a prompt of up to 384 tokens, then many that arrive one after another.
+    return (likely[0], *many[:3], *few[:4], *likely[1:], *many[3:], *few[4:], *others)
 
 
 def _decode(rows: int, context: int) -> Bucket:
