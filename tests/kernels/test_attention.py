@@ -261,6 +261,19 @@ CUDA = [
         (CUT(1, 132, 24, 4, 4), CUT(2, 60, 7, 8, 3)),
     ),
     (Case(_lengths(700, 40), dtype=FP16, heads=2, kv_heads=2, dim=64), (CUT(2, 132, 24, 4, 4), CUT(1, 700, 1, 8, 3))),
+    (
+        Case(((1, 1), (1, 17), (1, 150)), dtype=BF16, heads=8, kv_heads=2, dim=64, fp8=True),
+        (CUT(2, 3, 1, 8, 3), CUT(1, 9, 2, 4, 8)),
+    ),
+    (
+        Case(((1, 290), (1, 33), (1, 260)), dtype=FP16, heads=36, kv_heads=4, dim=96, window=37, sinks=True, fp8=True),
+        (CUT(4, 5, 2, 8, 3),),
+    ),
+    (
+        Case(_lengths(60, 600), padded_rows=4, dtype=BF16, heads=32, kv_heads=8, dim=128, fp8=True),
+        (CUT(2, 66, 32, 4, 6), CUT(1, 17, 1, 8, 3)),
+    ),
+    (Case(((1, 40), (1, 170)), dim=256, heads=2, kv_heads=1, dtype=BF16, softcap=5.0, fp8=True), (CUT(1, 2, 3, 4, 4),)),
 ]
 
 
@@ -287,12 +300,14 @@ def test_cuda_decode_equals_twin(device: torch.device, case: Case, cuts: tuple[a
         assert scratch.counters.count_nonzero() == 0
 
 
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize(("count", "length"), [(1, 300), (3, 1), (8, 330), (64, 200)])
-def test_overlapped_decode_sees_the_newest_token(device: torch.device, count: int, length: int) -> None:
+def test_overlapped_decode_sees_the_newest_token(device: torch.device, count: int, length: int, *, fp8: bool) -> None:
     """Whatever stood in its place before: the ring is filled while the kernel that writes it may still run."""
     if device.type == "cpu" or attention_cuda.module(device, 64, BF16, 1, CUT(1, 1, 1, 8, 3)) is None:
         pytest.skip("needs a GPU that the kernel is made for")
-    batch = _batch(Case(tuple((1, length) for _ in range(count)), dtype=BF16, heads=32, kv_heads=8, dim=128), device)
+    rows = tuple((1, length) for _ in range(count))
+    batch = _batch(Case(rows, dtype=BF16, heads=32, kv_heads=8, dim=128, fp8=fp8), device)
     k, v, unit, table, slots = batch.arguments[1:6]
     page = table[slots[:count].long(), (length - 1) // 16].long()
     places = page * unit + (length - 1) % 16 * 1024
@@ -326,8 +341,10 @@ def test_overlapped_decode_sees_the_newest_token(device: torch.device, count: in
     step()
     twin = torch.empty_like(q)
     attention.paged_attention_torch(twin, q, *batch.arguments[1:], None)
+    stale = torch.tensor(48.0, device=device).to(k.dtype)
     for _ in range(20):
-        k[newest] = v[newest] = 50.0
+        for plane in (k, v):
+            plane.view(torch.int8 if fp8 else BF16)[newest] = stale.view(torch.int8 if fp8 else BF16)
         batch.out.fill_(torch.nan)
         step()
         torch.testing.assert_close(batch.out, twin, rtol=2e-2, atol=2e-2)
@@ -340,10 +357,10 @@ def test_cuts_fit(head_dim: int) -> None:
             for group in (1, 4, 7, 8, 16):
                 if num_rows * kv_heads > attention_cuda.MAX_PAIRS or (group > 8 and head_dim == 256):
                     continue
-                for longest in (1, 1024, 131072):
-                    how = attention_cuda.cut(num_rows, kv_heads, group, head_dim, longest, 132)
+                for longest, key_bytes in ((1, 2), (1024, 2), (131072, 2), (1024, 1)):
+                    how = attention_cuda.cut(num_rows, kv_heads, group, head_dim, longest, 132, key_bytes)
                     assert kv_heads % how.heads_each == 0
                     assert how.warps % how.heads_each == 0
                     assert how.blocks >= num_rows
                     assert how.blocks * kv_heads // how.heads_each >= min(132, num_rows * (longest // 16 // 12))
-                    assert how.shared_bytes(num_rows, group, head_dim) <= SHARED_BYTES
+                    assert how.shared_bytes(num_rows, group, head_dim, key_bytes) <= SHARED_BYTES

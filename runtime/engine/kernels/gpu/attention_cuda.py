@@ -77,18 +77,23 @@ class Cut:
     stages: int
     early: bool = True
 
-    def shared_bytes(self, num_rows: int, group: int, head_dim: int) -> int:
-        """Return the size of the rows and, for each warp, its counters, the sums of its heads and its ring."""
-        ring = self.stages * 2 * _TILE * (head_dim * 2 + 16)
+    def shared_bytes(self, num_rows: int, group: int, head_dim: int, key_bytes: int) -> int:
+        """Return the size of the rows and, for each warp, its counters, the sums of its heads and its ring.
+
+        `key_bytes`: of one channel of a key.
+        """
+        ring = self.stages * 2 * _TILE * (head_dim * key_bytes + 16)
         return (num_rows + 1) * 16 + self.warps * (16 + 128 + group * (head_dim + 4) * 4 + ring)
 
 
-def module(device: torch.device, head_dim: int, dtype: torch.dtype, group: int, how: Cut) -> nvrtc.Module | None:
-    """Return the compiled kernel, or None if this device does not support it."""
-    half = "true" if dtype is torch.float16 else "false"
+def module(
+    device: torch.device, head_dim: int, dtype: torch.dtype, group: int, how: Cut, *, fp8: bool = False
+) -> nvrtc.Module | None:
+    """Return the compiled kernel, or None if this device does not support it. `fp8`: keys and values are e4m3."""
     defines = (
         f"HEAD_DIM={head_dim}",
-        f"HALF={half}",
+        f"HALF={str(dtype is torch.float16).lower()}",
+        f"FP8={str(fp8).lower()}",
         f"TILES={-(-group // 8)}",
         f"WARPS={how.warps}",
         f"STAGES={how.stages}",
@@ -101,7 +106,15 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def cut(num_rows: int, num_kv_heads: int, group: int, head_dim: int, max_context_len: int, processors: int) -> Cut:
+def cut(
+    num_rows: int,
+    num_kv_heads: int,
+    group: int,
+    head_dim: int,
+    max_context_len: int,
+    processors: int,
+    key_bytes: int = 2,
+) -> Cut:
     """Choose how to divide the work, from the measurements in docs/benchmarks/linear.md.
 
     Rows stay whole if there are enough of them, because merging parts costs some microseconds. Each pair of row and KV
@@ -115,9 +128,9 @@ def cut(num_rows: int, num_kv_heads: int, group: int, head_dim: int, max_context
         heads_each //= 2
     wanted = -(-processors * (1 if few else 2) * heads_each // num_kv_heads)
     blocks = max(num_rows, min(wanted, num_rows * -(-max_context_len // _TILE) // _LEAST), 1)
-    stages = 2 if head_dim > 128 else 4 if head_dim <= 64 and not few else 3
+    stages = (2 if head_dim > 128 else 4 if head_dim <= 64 and not few else 3) * 2 // key_bytes
     how = Cut(heads_each, blocks, 24 if few else 32, warps, stages)
-    while how.stages > 1 and how.shared_bytes(num_rows, group, head_dim) > nvrtc.SHARED_BYTES:
+    while how.stages > 1 and how.shared_bytes(num_rows, group, head_dim, key_bytes) > nvrtc.SHARED_BYTES:
         how = Cut(heads_each, blocks, how.whole, warps, how.stages - 1)
     return how
 
@@ -130,11 +143,11 @@ def serves(
     return (
         q.is_cuda
         and q.dtype in (torch.bfloat16, torch.float16)
-        and k_plane.dtype is q.dtype
+        and (k_plane.dtype is q.dtype or (k_plane.dtype is torch.float8_e4m3fn and head_dim % 32 == 0))
         and head_dim in _HEAD_DIMS
         and group <= (8 if head_dim == 256 else 16)
         and num_rows <= _MAX_ROWS
-        and page_unit % 8 == 0
+        and page_unit * k_plane.element_size() % 16 == 0
         and (k_plane.data_ptr() | v_plane.data_ptr()) % 16 == 0
         and q.data_ptr() % 8 == 0
         and (sinks is None or sinks.dtype is q.dtype)
@@ -170,13 +183,14 @@ def decode_attention(
         return False
     if not serves(q, k_plane, v_plane, page_unit, num_rows, num_kv_heads, sinks):
         return False
-    how = how or cut(num_rows, num_kv_heads, group, head_dim, max_context_len, _processors(q.device))
-    shared_bytes = how.shared_bytes(num_rows, group, head_dim)
+    key_bytes = k_plane.element_size()
+    how = how or cut(num_rows, num_kv_heads, group, head_dim, max_context_len, _processors(q.device), key_bytes)
+    shared_bytes = how.shared_bytes(num_rows, group, head_dim, key_bytes)
     if shared_bytes > nvrtc.SHARED_BYTES or not scratch.holds(
         2 * num_kv_heads * how.blocks * group * (head_dim + 4), num_rows * num_kv_heads
     ):
         return False
-    if (compiled := module(q.device, head_dim, q.dtype, group, how)) is None:
+    if (compiled := module(q.device, head_dim, q.dtype, group, how, fp8=key_bytes == 1)) is None:
         return False
     tensors = (
         out,

@@ -7,16 +7,23 @@
 // The warps of a head add their sums in shared memory. Blocks that share a row use device memory, where the last block to
 // finish adds the parts in their order.
 //
-// Compile-time constants: HEAD_DIM, HALF (float16 instead of bfloat16), TILES (of 8 query heads of one KV head), WARPS,
-// STAGES (tiles in a ring).
+// Keys and values of 8 bits (e4m3) are multiplied in float16, which holds each of their values. A register of the matrix
+// unit then takes channels that lie beside each other in memory, so that a 32-bit read brings what two registers need:
+// keys and queries take their channels in the same other order, and the sums have two neighbouring channels of values.
+//
+// Compile-time constants: HEAD_DIM, HALF (float16 instead of bfloat16), FP8 (keys and values of 8 bits), TILES (of 8 query
+// heads of one KV head), WARPS, STAGES (tiles in a ring).
 
+constexpr bool F16 = HALF || FP8;  // what is multiplied
 constexpr int TOKENS = 16, THREADS = WARPS * 32, DIM = HEAD_DIM, STEPS = DIM / 16, MERGE_ROW = DIM + 4, MAX_ROWS = 1024, LEAST = 12;  // LEAST: fewest tiles of a block, if each row has one
-constexpr int ROWS_EACH = MAX_ROWS / THREADS, PIECES = DIM / 8, PITCH = DIM * 2 + 16, SLOT_BYTES = 2 * TOKENS * PITCH;
+constexpr int BYTES = FP8 ? 1 : 2, PIECES = DIM * BYTES / 16, COPIES = TOKENS * PIECES / 32;  // COPIES: of a lane for a tile's keys
+constexpr int ROWS_EACH = MAX_ROWS / THREADS, PITCH = DIM * BYTES + 16, SLOT_BYTES = 2 * TOKENS * PITCH;
 constexpr unsigned FULL = 0xffffffffu;
 
 struct Arguments {
     unsigned short* out;
-    const unsigned short *q, *k, *v;
+    const unsigned short* q;
+    const char *k, *v;
     const unsigned short* sinks;  // or null
     const int *table, *row_slots, *starts, *lens;
     float* partials;
@@ -53,7 +60,7 @@ __device__ __forceinline__ void add(Sum& to, float4 value, float most, float tot
 __device__ __forceinline__ void finish(const Arguments& a, Sum sum, int token, int head, int dim) {
     if (a.sinks) add(sum, make_float4(0.f, 0.f, 0.f, 0.f), widen<HALF>(a.sinks[head]) * 1.4426950408889634f, 1.f);
     const float scale = sum.total == 0.f ? 0.f : 1.f / sum.total;
-    const uint2 packed = make_uint2(pack(sum.value.x * scale, sum.value.y * scale), pack(sum.value.z * scale, sum.value.w * scale));
+    const uint2 packed = make_uint2(pack<HALF>(sum.value.x * scale, sum.value.y * scale), pack<HALF>(sum.value.z * scale, sum.value.w * scale));
     *reinterpret_cast<uint2*>(a.out + (static_cast<long long>(token) * a.num_kv_heads * a.group + head) * DIM + dim) = packed;
 }
 
@@ -77,7 +84,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_decode(const 
     }
     const int turns = WARPS / a.heads_each, head = warp % a.heads_each, turn = warp / a.heads_each;
     const int kv_head = blockIdx.y * a.heads_each + head, threads = turns * 32, thread = turn * 32 + lane;
-    Feed feed = {a.k + kv_head * DIM, a.v + kv_head * DIM, static_cast<long long>(a.num_kv_heads) * DIM, 0, begin + turn, end, turns, 0, ring};
+    const int head_bytes = DIM * BYTES;
+    Feed feed = {a.k + kv_head * head_bytes, a.v + kv_head * head_bytes, static_cast<long long>(a.num_kv_heads) * head_bytes, 0, begin + turn, end, turns, 0, ring};
     feed.look_up(a, line, 0);
     bool waits[STAGES];  // whether the stage waits for the newest token
 #pragma unroll
@@ -87,14 +95,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_decode(const 
     }
     unsigned query[TILES][STEPS][2], upcoming[TILES][STEPS][2];
     auto load_query = [&](unsigned (&to)[TILES][STEPS][2], int row) {
-        const unsigned short* q = a.q + (static_cast<long long>(rows[row].token) * a.num_kv_heads + kv_head) * a.group * DIM + 2 * t;
+        const unsigned short* q = a.q + (static_cast<long long>(rows[row].token) * a.num_kv_heads + kv_head) * a.group * DIM + (FP8 ? 4 : 2) * t;
 #pragma unroll
         for (int n = 0; n < TILES; ++n)
 #pragma unroll
             for (int s = 0; s < STEPS; ++s)
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
-                    to[n][s][i] = n * 8 + g < a.group ? *reinterpret_cast<const unsigned*>(q + (n * 8 + g) * DIM + s * 16 + i * 8) : 0;
+                    to[n][s][i] = n * 8 + g < a.group ? as_factors(*reinterpret_cast<const unsigned*>(q + (n * 8 + g) * DIM + s * 16 + i * (FP8 ? 2 : 8))) : 0;
     };
     int row = line.row_of(begin);
     wait_for_predecessors();
@@ -104,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_decode(const 
     commit_copies();
 
     const unsigned k_own = ring + (lane & 15) * PITCH + (lane >> 4) * 16;
-    const unsigned v_own = ring + (TOKENS + (lane & 7) + (lane >> 4) * 8) * PITCH + ((lane >> 3) & 1) * 16;
+    const unsigned v_own = FP8 ? k_own + TOKENS * PITCH : ring + (TOKENS + (lane & 7) + (lane >> 4) * 8) * PITCH + ((lane >> 3) & 1) * 16;
     int index = 0, slot = 0, at = begin + turn;
     const int pieces = a.group * (DIM / 4);
     auto part_at = [&](int block, bool began) {  // A block has at most one part that began in another block and one that began in itself.
@@ -143,12 +151,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_decode(const 
             float4 score[TILES], odd[TILES];  // two independent chains of products
 #pragma unroll
             for (int n = 0; n < TILES; ++n) score[n] = odd[n] = make_float4(0.f, 0.f, 0.f, 0.f);
+            auto add_keys = [&](int s, const unsigned (&keys)[4]) {
 #pragma unroll
-            for (int s = 0; s < STEPS; ++s) {
-                unsigned keys[4];
-                load_matrices(keys, k_from + s * 32);
+                for (int n = 0; n < TILES; ++n) multiply_add<F16>(s & 1 ? odd[n] : score[n], keys, query[n][s][0], query[n][s][1]);
+            };
 #pragma unroll
-                for (int n = 0; n < TILES; ++n) multiply_add<HALF>(s & 1 ? odd[n] : score[n], keys, query[n][s][0], query[n][s][1]);
+            for (int s = 0; s < STEPS; s += 2 / BYTES) {
+                unsigned read[4];
+                load_matrices(read, k_from + s * 16 * BYTES);
+                if constexpr (FP8) {
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        const unsigned keys[4] = {widen_low(read[2 * j]), widen_low(read[2 * j + 1]), widen_high(read[2 * j]), widen_high(read[2 * j + 1])};
+                        add_keys(s + j, keys);
+                    }
+                } else {
+                    add_keys(s, read);
+                }
             }
             const int low = first + g, high = low + 8;
             const bool low_seen = low < length && low >= seen_from, high_seen = high < length && high >= seen_from;
@@ -184,19 +203,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_decode(const 
 #pragma unroll
                     for (int s = 0; s < STEPS; ++s) sum[n][s].x *= fade[0], sum[n][s].y *= fade[1], sum[n][s].z *= fade[0], sum[n][s].w *= fade[1];
                 }
-                weights[n][0] = transpose(pack(p[0], p[1]));
-                weights[n][1] = transpose(pack(p[2], p[3]));
+                weights[n][0] = transpose(pack<F16>(p[0], p[1]));
+                weights[n][1] = transpose(pack<F16>(p[2], p[3]));
             }
             // For tokens that do not exist the ring holds stale data. A stale NaN times a weight of zero would be NaN.
             const int left = length - first - 2 * t;
             const unsigned keep_low = (left > 0 ? 0xffffu : 0u) | (left > 1 ? 0xffff0000u : 0u), keep_high = (left > 8 ? 0xffffu : 0u) | (left > 9 ? 0xffff0000u : 0u);
+            auto add_values = [&](int s, const unsigned (&values)[4]) {
 #pragma unroll
-            for (int s = 0; s < STEPS; ++s) {
-                unsigned values[4];
-                load_transposed(values, v_from + s * 32);
-                values[0] &= keep_low, values[1] &= keep_low, values[2] &= keep_high, values[3] &= keep_high;
+                for (int n = 0; n < TILES; ++n) multiply_add<F16>(sum[n][s], values, weights[n][0], weights[n][1]);
+            };
 #pragma unroll
-                for (int n = 0; n < TILES; ++n) multiply_add<HALF>(sum[n][s], values, weights[n][0], weights[n][1]);
+            for (int s = 0; s < STEPS; s += 2 / BYTES) {
+                unsigned read[4];
+                load_transposed(read, v_from + s * 16 * BYTES);
+                if constexpr (FP8) {
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        // Bytes of a register: channels 2g and 2g + 1 of one token, then of the next.
+                        const unsigned low = __byte_perm(read[2 * j] & keep_low, 0, 0x3120), high = __byte_perm(read[2 * j + 1] & keep_high, 0, 0x3120);
+                        const unsigned values[4] = {widen_low(low), widen_high(low), widen_low(high), widen_high(high)};
+                        add_values(s + j, values);
+                    }
+                } else {
+                    read[0] &= keep_low, read[1] &= keep_low, read[2] &= keep_high, read[3] &= keep_high;
+                    add_values(s, read);
+                }
             }
             __syncwarp();
             const int next = index + STAGES;
@@ -218,11 +250,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_decode(const 
                 const int h = n * 8 + 2 * t + i;
                 if (h >= a.group) continue;
                 if (g == 0) stats[warp * 32 + h] = most[n][i], stats[warp * 32 + 16 + h] = total[n][i];
-                float* to = merge + (warp * a.group + h) * MERGE_ROW + g;
+                float* to = merge + (warp * a.group + h) * MERGE_ROW + (FP8 ? 2 : 1) * g;
 #pragma unroll
                 for (int s = 0; s < STEPS; ++s) {
                     to[s * 16] = i ? sum[n][s].y : sum[n][s].x;
-                    to[s * 16 + 8] = i ? sum[n][s].w : sum[n][s].z;
+                    to[s * 16 + (FP8 ? 1 : 8)] = i ? sum[n][s].w : sum[n][s].z;
                 }
             }
         meet(1 + head, threads);

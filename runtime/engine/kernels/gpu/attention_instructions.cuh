@@ -18,13 +18,34 @@ __device__ __forceinline__ float infinity() {
     return __uint_as_float(0x7f800000u);
 }
 
+template <bool TO_F16>
 __device__ __forceinline__ unsigned pack(float low, float high) {
     unsigned both;
-    if constexpr (HALF)
+    if constexpr (TO_F16)
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     else
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
+}
+
+// Converts the lower two of four e4m3 numbers to float16.
+__device__ __forceinline__ unsigned widen_low(unsigned four) {
+    unsigned both;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(both) : "h"(static_cast<unsigned short>(four)));
+    return both;
+}
+
+__device__ __forceinline__ unsigned widen_high(unsigned four) {
+    return widen_low(four >> 16);
+}
+
+// Returns two numbers of a query in the type that is multiplied. One beyond its range becomes its largest number.
+__device__ __forceinline__ unsigned as_factors(unsigned pair) {
+    if constexpr (F16 && !HALF) {
+        const float low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xffff0000u), most = 65504.f;
+        return pack<true>(fminf(fmaxf(low, -most), most), fminf(fmaxf(high, -most), most));
+    }
+    return pair;
 }
 
 __device__ __forceinline__ float power(float x) {

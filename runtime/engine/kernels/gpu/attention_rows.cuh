@@ -96,8 +96,8 @@ __device__ __forceinline__ Line read_rows(const Arguments& a, Row* rows, int* su
 // A warp's tiles, `stride` apart, and their copies into its ring. The pages of 32 tiles are looked up at a time, one per
 // lane.
 struct Feed {
-    const unsigned short *k, *v;  // of this warp's head
-    long long token_stride, offset;
+    const char *k, *v;  // of this warp's head
+    long long token_stride, offset;  // in bytes
     int begin, end, stride, newest;  // newest: index of the row's last token, relative to the tile's first
     unsigned ring;
 
@@ -107,7 +107,7 @@ struct Feed {
         const Row& row = line.rows[line.row_of(at)];
         const int first = (first_tile(a, row.length) + at - row.tiles_before) * TOKENS;
         const long long page = a.table[static_cast<long long>(row.slot) * a.table_stride + (first >> a.block_shift)];
-        offset = page * a.page_unit + (first & ((1 << a.block_shift) - 1)) * token_stride;
+        offset = page * a.page_unit * BYTES + (first & ((1 << a.block_shift) - 1)) * token_stride;
         newest = row.length - 1 - first;
     }
 
@@ -118,10 +118,10 @@ struct Feed {
         const int last = __shfl_sync(FULL, newest, index & 31);
         if (begin + index * stride >= end || (!EARLIER && last >= TOKENS)) return false;
 #pragma unroll
-        for (int i = 0; i < STEPS; ++i) {
+        for (int i = 0; i < COPIES; ++i) {
             const int piece = i * 32 + (threadIdx.x & 31), token = piece / PIECES, column = piece % PIECES;
             const unsigned to = ring + slot * SLOT_BYTES + token * PITCH + column * 16;
-            const long long at = from + token * token_stride + column * 8;
+            const long long at = from + token * token_stride + column * 16;
             if ((EARLIER && token < last) || (NEWEST && token == last)) {
                 copy_piece(to, k + at);
                 copy_piece(to + TOKENS * PITCH, v + at);
