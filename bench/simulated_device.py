@@ -4,7 +4,7 @@ The device computes one step at a time. The link from the host carries one copy 
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bench.checkpoints import Shape
@@ -65,12 +65,19 @@ class SimulatedModel:
     format: str
 
     @property
+    def kind(self) -> str:
+        return f"{self.shape.name}/{self.format}"
+
+    @property
     def weight_bytes(self) -> int:
-        return int(self.shape.step_bytes(BODY_BYTES_PER_PARAMETER[self.format]))
+        """The image that a swap-in copies: what a step reads, and the embeddings unless they are the output projection."""
+        embeddings = 0 if self.shape.tied else 2 * self.shape.vocab * self.shape.hidden
+        return int(self.shape.step_bytes(BODY_BYTES_PER_PARAMETER[self.format])) + embeddings
 
     def step_s(self, num_tokens: int, kv_tokens: int) -> float:
         """Return the time of a step of `num_tokens` tokens whose rows have `kv_tokens` of context together."""
-        num_bytes = self.weight_bytes + kv_tokens * self.shape.kv_bytes_per_token
+        weight_bytes = self.shape.step_bytes(BODY_BYTES_PER_PARAMETER[self.format])
+        num_bytes = weight_bytes + kv_tokens * self.shape.kv_bytes_per_token
         operations = 2.0 * num_tokens * self.shape.body_parameters
         return max(num_bytes / COPY_BYTES_PER_S, operations / BF16_FLOP_PER_S) / _STEP_SHARE + _LAUNCH_S
 
@@ -85,17 +92,18 @@ class SimulatedDevice:
 
     def __init__(
         self,
-        models: dict[str, SimulatedModel],
+        models: Mapping[str, SimulatedModel],
         clock: VirtualClock,
         device_bytes: int,
         host_bytes: int,
         max_rows: int = 512,
         *,
         overlap: bool = True,
+        slab_bytes: int = SLAB_BYTES,
     ) -> None:
         self.device, self.device_name = "simulated", "simulated H200"
-        self.slab_bytes = SLAB_BYTES
-        self.total_slabs = device_bytes // SLAB_BYTES
+        self.slab_bytes = slab_bytes
+        self.total_slabs = device_bytes // slab_bytes
         self.host_total_bytes = host_bytes
         self.host_kv_bytes = 0
         self.max_rows = max_rows
@@ -161,9 +169,9 @@ class _Memory:
 
     def __init__(self, device: SimulatedDevice, model_id: str, model: SimulatedModel) -> None:
         self.weight_bytes = model.weight_bytes
-        self.weight_slabs = -(-self.weight_bytes // SLAB_BYTES)
+        self.weight_slabs = -(-self.weight_bytes // device.slab_bytes)
         block_bytes = _BLOCK_TOKENS * model.shape.kv_bytes_per_token
-        blocks = SLAB_BYTES // block_bytes
+        blocks = device.slab_bytes // block_bytes
         self.kv = KvGeometry(_BLOCK_TOKENS, blocks, blocks, 1, model.shape.kv_bytes_per_token, device.total_slabs)
         self.ready_s = 0.0
         self._device = device

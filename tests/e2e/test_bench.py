@@ -1,7 +1,8 @@
-"""Benchmarks of the served path still run against today's mesh and runtime. Their figures are not checked."""
+"""Benchmarks still run against today's mesh, runtime and engine. Their figures are not checked."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 
 def test_front_prints_one_row_per_repeat() -> None:
@@ -10,3 +11,20 @@ def test_front_prints_one_row_per_repeat() -> None:
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()[1:]
     assert [row.split()[0] for row in rows] == ["mesh", "mesh"]
+
+
+def test_trace_runs_on_an_engine_process(tmp_path: Path) -> None:
+    """Six tiny models on room for a few: the engine and its simulation answer all requests, and models are swapped."""
+    command = [
+        sys.executable, "-m", "bench.trace", "--device", "cpu", "--kinds", "tiny/bf16", "--models", "6", "--lines", "0.5/1/6",
+        "--seconds", "3", "--length-share", "0.02", "--device-gib", "0.02", "--warm-gap-s", "0.2", "--folder", str(tmp_path),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:2] == "| "]
+    first_tokens = {row[1]: row for row in rows if len(row) == 10}
+    assert set(first_tokens) == {"policy", "---", "engine", "engine, simulated", "one vLLM that sleeps"}
+    assert first_tokens["engine"][-1] == "0"
+    not_copied = next(row for row in rows if len(row) == 9 and row[1] == "engine")[5]
+    assert int(not_copied.rstrip("%")) < 100
+    assert "models with a failed request: none" in done.stdout

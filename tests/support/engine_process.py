@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from common.model_state import Tier
 from runtime.ipc import messages
 from runtime.ipc.framing import FrameReader, encode_frame
 from runtime.types import Checkpoint, GenerationRequest, LogprobParams, SamplingParams, StopParams
 
 Prompts = list[tuple[str, "np.ndarray[Any, np.dtype[np.int32]]"]]
 Asked = list[tuple[str, GenerationRequest]]
+Due = tuple[float, str, GenerationRequest]  # seconds from the start, model id, request
 
 
 @dataclass(slots=True)
@@ -54,6 +56,20 @@ class Timeline:
         return self.tokens / self.wall_s
 
 
+@dataclass(slots=True)
+class Answer:
+    """What a request of `Engine.replay` brought, in seconds from the start; infinite = never.
+
+    Attributes:
+        tier: where its model's weights were when it was submitted.
+    """
+
+    tier: Tier | None
+    first_s: float = float("inf")
+    end_s: float = float("inf")
+    error: str = ""
+
+
 class Engine:
     """One engine; `hello` says what it has. Blocking; one thread."""
 
@@ -82,6 +98,21 @@ class Engine:
             if isinstance(event, messages.Loaded):
                 return event, time.perf_counter() - started
             if isinstance(event, messages.LoadFailed):
+                raise RuntimeError(f"{event.model_id}: {event.code} {event.message}")
+
+    def load_all(self, checkpoints: Mapping[str, Checkpoint], at_once: int, timeout_s: float = 600) -> None:
+        """Load models by id, at most `at_once` at a time. Raises RuntimeError with the engine's cause."""
+        left = deque(checkpoints.items())
+        loading: set[str] = set()
+        while left or loading:
+            while left and len(loading) < at_once:
+                model_id, checkpoint = left.popleft()
+                loading.add(model_id)
+                self.send(messages.Load(model_id, checkpoint))
+            event = self._receive(timeout_s)
+            if isinstance(event, messages.Loaded):
+                loading.remove(event.facts.model_id)
+            elif isinstance(event, messages.LoadFailed):
                 raise RuntimeError(f"{event.model_id}: {event.code} {event.message}")
 
     def unload(self, model_id: str) -> None:
@@ -137,23 +168,39 @@ class Engine:
                 timeline.steps.append((now, count))
         return timeline
 
-    def run_paced(self, asked: Sequence[tuple[float, str, GenerationRequest]], timeout_s: float = 300) -> list[float]:
-        """Submit each request (seconds from now, model id, request) when it is due, earliest first, until the last is done.
+    def run_paced(self, asked: Sequence[Due], timeout_s: float = 300) -> list[float]:
+        """Like `replay`. Returns the seconds from when each request was due to its first token.
 
-        Returns the seconds from when each was due to its first token. Raises RuntimeError for a request that fails or brings no token.
+        Raises RuntimeError for a request that fails or brings no token.
+        """
+        answers = self.replay(asked, timeout_s)
+        for (_, model_id, _), answer in zip(asked, answers, strict=True):
+            if answer.error:
+                raise RuntimeError(f"{model_id}: {answer.error}")
+        silent = sum(answer.first_s == float("inf") for answer in answers)
+        if silent:
+            raise RuntimeError(f"{silent} of {len(asked)} requests brought no token")
+        return [answer.first_s - due_s for (due_s, _, _), answer in zip(asked, answers, strict=True)]
+
+    def replay(self, asked: Sequence[Due], timeout_s: float = 300) -> list[Answer]:
+        """Submit each request when it is due, earliest first, until the last has ended. Failed requests have an error.
+
+        Raises TimeoutError if the engine says nothing for `timeout_s` while all requests are submitted.
         """
         started_s = time.perf_counter()
-        places: dict[int, int] = {}  # request id → its place in `asked`
-        first_s: dict[int, float] = {}  # place → its first token
+        answers: list[Answer] = []
+        places: dict[int, Answer] = {}
         num_ended = 0
         while num_ended < len(asked):
             now = time.perf_counter() - started_s
-            while len(places) < len(asked) and asked[len(places)][0] <= now:
-                _, model_id, request = asked[len(places)]
-                places[self._add(model_id, request)] = len(places)
-            is_waiting = len(places) < len(asked)
+            while len(answers) < len(asked) and asked[len(answers)][0] <= now:
+                _, model_id, request = asked[len(answers)]
+                answer = Answer(self._tier(model_id))
+                answers.append(answer)
+                places[self._add(model_id, request)] = answer
+            is_waiting = len(answers) < len(asked)
             try:
-                event = self._receive(max(0.0, asked[len(places)][0] - now) if is_waiting else timeout_s)
+                event = self._receive(max(0.0, asked[len(answers)][0] - now) if is_waiting else timeout_s)
             except TimeoutError:
                 if is_waiting:
                     continue
@@ -162,15 +209,18 @@ class Engine:
                 continue
             now = time.perf_counter() - started_s
             for row in event.rows:
-                place = places[row.request_id]
-                if row.error is not None:
-                    raise RuntimeError(f"{event.model_id}: {row.error}")
+                answer = places[row.request_id]
                 if row.tokens:
-                    first_s.setdefault(place, now - asked[place][0])
-                num_ended += row.finish is not None
-        if len(first_s) < len(asked):
-            raise RuntimeError(f"{len(asked) - len(first_s)} of {len(asked)} requests brought no token")
-        return [first_s[place] for place in range(len(asked))]
+                    answer.first_s = min(answer.first_s, now)
+                if row.finish is not None:
+                    answer.end_s, answer.error = now, row.error or ""
+                    num_ended += 1
+        return answers
+
+    def _tier(self, model_id: str) -> Tier | None:
+        """Return where the model's weights are, by the last figures. None: there are none of it yet."""
+        models = self.stats.models if self.stats is not None else ()
+        return next((figures.tier for figures in models if figures.model_id == model_id), None)
 
     def _add(self, model_id: str, request: GenerationRequest) -> int:
         number = self._next_id
