@@ -1,7 +1,6 @@
 """Carries one HTTP request to a target and holds the response: its status, its headers and the bytes that have arrived."""
 
 import time
-from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -125,6 +124,11 @@ class HttpForwarder:
         return self._response
 
     @property
+    def first_chunk(self) -> bytes:
+        """The first bytes of the body, which are no longer in the response's content. Empty if the body is."""
+        return self._first_chunk
+
+    @property
     def is_logged(self) -> bool:
         """Whether this pod's runtime logs the request, so that the mesh need not."""
         return self.local_since_s is not None and LOGGED_HEADER in self.response.headers
@@ -139,13 +143,6 @@ class HttpForwarder:
         """Return a context that raises TimeoutError in its body when the target of the response is lost."""
         assert self._attempt is not None
         return self._attempt.until_lost()
-
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """Yield the body as it arrives. Raises aiohttp's errors if it breaks off."""
-        chunk = self._first_chunk
-        while chunk:
-            yield chunk
-            chunk = await self.response.content.readany()
 
     def _failure(self) -> Failure | None:
         if self._response is None or self._response.status in _UNAVAILABLE:

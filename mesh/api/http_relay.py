@@ -1,5 +1,6 @@
 """Relays a forwarded HTTP response to the client, also where an event stream to the client has begun before it."""
 
+import asyncio
 import contextlib
 import logging
 from typing import TypeVar
@@ -28,7 +29,7 @@ async def relay(
     record.code = str(status)
     if begun is not None and status != _OK:
         # The client was sent status 200 before, so the error becomes the stream's last event.
-        answer = b"".join([chunk async for chunk in forwarder.chunks()])
+        answer = forwarder.first_chunk + await forwarder.response.content.read()
         return await end_stream(begun, shape_for(request.path).event(answer))
     if begun is None and (body := forwarder.whole_body) is not None:
         record.response_bytes = len(body)
@@ -41,7 +42,8 @@ async def relay(
         await response.prepare(request)
     try:
         async with forwarder.until_lost():
-            await _relay_chunks(record, forwarder, response)
+            # Each chunk resumes every frame of its task. This one has none of the middlewares and handlers, which cost 1 µs each time.
+            await asyncio.create_task(_relay_chunks(record, forwarder, response))
     except (TimeoutError, aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
         return await _broken_off(request, record, response, error, model_name)
     await response.write_eof()
@@ -66,13 +68,15 @@ def _with_head(response: Response, record: Record, forwarder: HttpForwarder) -> 
 
 
 async def _relay_chunks(record: Record, forwarder: HttpForwarder, response: web.StreamResponse) -> None:
-    tail = b""
-    async for chunk in forwarder.chunks():
-        await response.write(chunk)
+    write, content = response.write, forwarder.response.content
+    tail, chunk = b"", forwarder.first_chunk
+    while chunk:
+        await write(chunk)
         record.response_bytes += len(chunk)
-        tail = (tail + chunk[-len(_DONE) :])[-len(_DONE) :]
+        tail = (tail + chunk)[-len(_DONE) :] if len(chunk) < len(_DONE) else chunk[-len(_DONE) :]
         # OpenAI's own client disconnects as soon as it has read this, which is not a cancellation.
         record.answered = tail == _DONE
+        chunk = await content.readany()
 
 
 async def _broken_off(

@@ -43,7 +43,8 @@ class RequestRecord:
         self.output_tokens += num_tokens
         if num_tokens and not self.first_s:
             self.first_s = self.elapsed_s
-        self.queue_s = max(self.queue_s, queue_s or 0.0)
+        if queue_s is not None and queue_s > self.queue_s:
+            self.queue_s = queue_s
 
     def fields(self) -> dict[str, object]:
         """Return the fields of the log line; those without a value are left out."""

@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
+import os
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -83,7 +83,7 @@ async def run_large(make: Callable[[], _T], results: Sequence[Completed]) -> _T:
 
 
 def new_id(kind: str) -> str:
-    return f"{kind}-{uuid.uuid4().hex}"
+    return f"{kind}-{os.urandom(16).hex()}"
 
 
 def now() -> int:
