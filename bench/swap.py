@@ -2,6 +2,7 @@
 
     python -m bench.swap [--lines 8B/bf16,8B/nf4,1B/bf16] [--switches 24] [--prompt 64] [--folder /tmp/repertory-checkpoints]
     python -m bench.swap --returning-conversation 4000 [--lines …] [--switches 24]
+    python -m bench.swap --neighbour 16 [--lines …] [--output 1024]
 
 Both models wait in host memory, so a switch copies one model's weights over the link. The table shows the median and the longest time to the first
 token, the floor (weight bytes over the link's measured bandwidth), and vLLM's switch (sleep one engine, wake the other, first token). Each model must
@@ -10,6 +11,9 @@ give the same tokens after every return; the command fails otherwise.
 With `--returning-conversation N` each model is called with a conversation of N ids whose KV it has computed before, and which has left the device
 with it. The table shows the time to the first token with KV kept in host memory and with `--host-kv 0`, which computes it again, beside the limit: 1.3 times
 the bytes of weights and KV over the link's bandwidth. The command also fails if nothing was restored.
+
+With `--neighbour ROWS` a third model decodes that many rows, alone and while the two others are swapped in without a pause (bench/swap_neighbour.py). The
+command fails if its tokens per second fall by more than 15 %; on a CPU nothing is asked.
 """
 
 import argparse
@@ -23,11 +27,13 @@ import numpy as np
 from bench.checkpoints import SHAPES, Shape, write
 from bench.limits import HOST_TO_DEVICE_BYTES_PER_S
 from bench.packed import checkpoint_of
+from bench.swap_neighbour import HEADER, MOST_LOSS, measure_neighbour
 from runtime.types import Checkpoint
 from tests.support.engine_process import Engine, Prompts, engine
 
 VLLM_SWITCH_S = {"8B/bf16": 1.15, "8B/nf4": 0.82, "1B/bf16": 0.72}
 _SLAB_BYTES = 64 << 20
+_CPU_SLAB_BYTES = 1 << 20
 _KV_BYTES = 1 << 30  # for the rows of the one resident model
 
 
@@ -53,6 +59,9 @@ def main() -> None:
     parser.add_argument(
         "--returning-conversation", type=int, default=0, metavar="N", help="token ids of each conversation"
     )
+    parser.add_argument("--neighbour", type=int, default=0, metavar="ROWS", help="rows that decode beside swaps")
+    parser.add_argument("--output", type=int, default=1024, help="tokens that each row of --neighbour decodes")
+    parser.add_argument("--repeats", type=int, default=2, help="of --neighbour")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/repertory-checkpoints"))
     args = parser.parse_args()
@@ -61,6 +70,9 @@ def main() -> None:
         print("| --- | --: | --: | --: | --: | --: | --: | --: |")
         for name in args.lines.split(","):
             print(returning(name, args), flush=True)
+        return
+    if args.neighbour:
+        _neighbours(args)
         return
     lines = [measure(name, args.switches, args.prompt, args.folder) for name in args.lines.split(",")]
     print("| model | switch p50 | longest | floor | share of floor | already resident | vLLM 0.22.1 |")
@@ -75,13 +87,29 @@ def main() -> None:
         print(f"| {line.name} | {shown} | {line.floor_s / median:.0%} | {resident} | {theirs} |", flush=True)
 
 
+def _neighbours(args: argparse.Namespace) -> None:
+    print(HEADER)
+    losses = {}
+    for name in args.lines.split(","):
+        shape, checkpoints, _ = _two_models(name, args.folder)
+        slab_bytes = _CPU_SLAB_BYTES if args.device == "cpu" else _SLAB_BYTES
+        found = measure_neighbour(
+            shape, checkpoints, args.neighbour, args.output, args.device, slab_bytes, args.repeats
+        )
+        print(found.row(name, args.neighbour), flush=True)
+        losses[name] = found.loss
+    late = [name for name, loss in losses.items() if loss > MOST_LOSS]
+    if late and args.device != "cpu":
+        raise SystemExit(f"{', '.join(late)}: a neighbour loses more than {MOST_LOSS:.0%}")
+
+
 def returning(name: str, args: argparse.Namespace) -> str:
     """Measure the return of conversations with and without KV in host memory. Returns a row of the table."""
     tokens = args.returning_conversation
     shape, checkpoints, weight_bytes = _two_models(name, args.folder)
     kv_bytes = tokens * shape.kv_bytes_per_token
     limit_s = 1.3 * (weight_bytes + kv_bytes) / HOST_TO_DEVICE_BYTES_PER_S
-    slab_bytes = 1 << 20 if args.device == "cpu" else _SLAB_BYTES
+    slab_bytes = _CPU_SLAB_BYTES if args.device == "cpu" else _SLAB_BYTES
     slabs = -(-weight_bytes // slab_bytes) + -(-kv_bytes // slab_bytes) + 1  # for one model and its conversation
     figures: list[float] = []
     resident_s = 0.0

@@ -28,3 +28,15 @@ def test_trace_runs_on_an_engine_process(tmp_path: Path) -> None:
     not_copied = next(row for row in rows if len(row) == 9 and row[1] == "engine")[5]
     assert int(not_copied.rstrip("%")) < 100
     assert "models with a failed request: none" in done.stdout
+
+
+def test_neighbour_is_measured_beside_swaps(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "bench.swap", "--device", "cpu", "--lines", "tiny/bf16", "--neighbour", "2", "--output", "8",
+        "--repeats", "1", "--folder", str(tmp_path),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    cells = [cell.strip() for cell in done.stdout.splitlines()[2].split("|")]
+    assert cells[1:3] == ["tiny/bf16", "2"]
+    assert float(cells[8]) > 0, "nothing was swapped in"

@@ -168,6 +168,37 @@ class Engine:
                 timeline.steps.append((now, count))
         return timeline
 
+    def run_beside(
+        self, asked: Asked, others: Iterator[tuple[str, GenerationRequest]], timeout_s: float = 300
+    ) -> Timeline:
+        """Submit all requests at once and, until the last of them is done, those of `others` one after the other. Returns the timeline of `asked`."""
+        timeline = Timeline(time.perf_counter())
+        last: dict[int, float] = {}
+        timeline.ids = [self._add(model_id, request) for model_id, request in asked]
+        waiting = {*timeline.ids, self._add(*next(others))}
+        own = set(timeline.ids)
+        while waiting:
+            event = self._receive(timeout_s)
+            if not isinstance(event, messages.Tokens):
+                continue
+            now = time.perf_counter()
+            count = 0
+            for row in event.rows:
+                if row.error is not None:
+                    raise RuntimeError(f"{event.model_id}: {row.error}")
+                if row.request_id in own and row.tokens:
+                    count += len(row.tokens)
+                    if row.request_id in last:
+                        timeline.gaps_s.append(now - last[row.request_id])
+                    last[row.request_id] = now
+                if row.finish is not None:
+                    waiting.discard(row.request_id)
+                    if row.request_id not in own and waiting & own:
+                        waiting.add(self._add(*next(others)))
+            if count:
+                timeline.steps.append((now, count))
+        return timeline
+
     def run_paced(self, asked: Sequence[Due], timeout_s: float = 300) -> list[float]:
         """Like `replay`. Returns the seconds from when each request was due to its first token.
 
