@@ -24,9 +24,11 @@ class GuidedSequence:
     The matcher begins after the reasoning. If the prompt has not opened the reasoning, the first token may be the one that opens it.
     """
 
-    def __init__(self, matcher: "LLMatcher", tokenizer: GrammarTokenizer, grammar: Grammar) -> None:
+    def __init__(self, matcher: "LLMatcher", tokenizer: GrammarTokenizer, grammar: Grammar, lane: int) -> None:
+        """`lane`: sequences with the same number cannot compute their masks at once."""
         self._matcher = matcher
         self._tokenizer = tokenizer
+        self.lane = lane
         self._close = grammar.reasoning_close.encode()
         self._open_id = grammar.reasoning_open_id
         self._reasoning = bool(grammar.reasoning_close) and grammar.starts_in_reasoning

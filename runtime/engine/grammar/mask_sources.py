@@ -1,12 +1,11 @@
 """Makes the mask sources of requests with a grammar, in threads beside the engine's own.
 
 A tokenizer takes a quarter of a second to build, and a grammar milliseconds. Each is built once: tokenizers by content, for as long as a model
-uses them, and grammars in a bounded cache, of which every sequence gets a copy.
+uses them, and grammars in a bounded cache, of which every sequence gets a copy (see lanes.py).
 """
 
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,19 +19,17 @@ import numpy as np
 
 from runtime.engine.grammar.guided_sequence import GuidedSequence, first_line
 from runtime.engine.grammar.interfaces import MaskSource, MaskSourceJob, TokenMasks, mask_words
+from runtime.engine.grammar.lanes import GrammarLanes
 from runtime.engine.grammar.tokenizer import GrammarTokenizer, read_tokenizer
 from runtime.errors import EngineFault, InvalidRequest, NotSupported, RepertoryError
 from runtime.ipc.messages import GrammarFigures
 from runtime.types import Checkpoint, Grammar, ModelFacts
 
 if TYPE_CHECKING:
-    from llguidance import LLExecutor, LLMatcher
+    from llguidance import LLExecutor
 
 _THREADS = 2
-_LEAST_TOGETHER = 4  # fewer masks are computed sooner than the threads begin
 _MOST_FILL_THREADS = 8
-_MANY_CORES = 8  # on fewer, the threads of the library's pool wait for each other
-_KEPT_GRAMMARS = 64  # about a megabyte each
 # The work for one token. The largest cost measured within these is 8 ms, 20 µs as a rule.
 _STEP_ITEMS = 8_000
 _STEP_LEXER_FUEL = 60_000
@@ -59,14 +56,13 @@ class GrammarMaskSources:
     """Implements MaskSources with llguidance, which is imported when the first request with a grammar comes."""
 
     def __init__(self, fill_threads: int | None = None) -> None:
-        """`fill_threads`: threads that compute the masks of one step together; None = half of the cores, or one where cores are few."""
-        cores = os.cpu_count() or 1
-        self._fill_threads = fill_threads or (min(_MOST_FILL_THREADS, cores // 2) if cores >= _MANY_CORES else 1)
+        """`fill_threads`: threads that compute the masks of one step together; None = half of the cores, at most 8."""
+        self._fill_threads = fill_threads or max(1, min(_MOST_FILL_THREADS, (os.cpu_count() or 1) // 2))
         self._pool = ThreadPoolExecutor(_THREADS, "grammar")
         self._lock = Lock()
         self._keys: dict[str, bytes] = {}  # of tokenizers, by the model's folder
         self._tokenizers: dict[bytes, Future[GrammarTokenizer]] = {}
-        self._matchers: OrderedDict[tuple[bytes, str], LLMatcher] = OrderedDict()
+        self._lanes = GrammarLanes(self._fill_threads)
         self._figures = GrammarFigures()
         self._executor: LLExecutor | None = None
 
@@ -81,7 +77,7 @@ class GrammarMaskSources:
             if isinstance(source, GuidedSequence) and source.awaits_mask and source.tokenizer.num_words == width
         ]
         address, stride = words.ctypes.data, width * words.itemsize
-        if len(found) < _LEAST_TOGETHER or self._fill_threads < 2:
+        if len({source.lane for _, source in found}) < 2 or self._fill_threads < 2:
             for line, source in found:
                 source.matcher.unsafe_compute_mask_ptr(address + line * stride, stride)
                 source.note_computed()
@@ -90,6 +86,7 @@ class GrammarMaskSources:
             from llguidance import LLExecutor
 
             self._executor = LLExecutor(self._fill_threads)
+        found.sort(key=lambda item: item[1].lane)  # neighbours go to one thread
         work = [(source.matcher, line) for line, source in found]
         self._executor.unsafe_compute_mask_ptr(work, address, stride, len(words))
         for _, source in found:
@@ -100,8 +97,7 @@ class GrammarMaskSources:
             self._keys = {folder: key for folder, key in self._keys.items() if folder in model_dirs}
             kept = set(self._keys.values())
             self._tokenizers = {key: made for key, made in self._tokenizers.items() if key in kept or not made.done()}
-            for key in [key for key in self._matchers if key[0] not in self._tokenizers]:
-                del self._matchers[key]
+            self._lanes.retain(self._tokenizers.keys())
 
     @property
     def host_bytes(self) -> int:
@@ -122,11 +118,10 @@ class GrammarMaskSources:
             ) from error
         key, tokenizer = self._tokenizer(model_dir, facts)
         with self._lock:
-            known = self._matchers.get((key, grammar.text))
-            if known is not None:
-                self._matchers.move_to_end((key, grammar.text))
+            lane = self._lanes.find(key, grammar.text)
+            if lane is not None:
                 self._count(known_grammars_total=1)
-                return GuidedSequence(known.deep_copy(), tokenizer, grammar)
+                return lane.open(tokenizer, grammar)
         began_s = time.perf_counter()
         limits = llguidance.LLParserLimits(step_max_items=_STEP_ITEMS, step_lexer_fuel=_STEP_LEXER_FUEL)
         matcher = llguidance.LLMatcher(tokenizer.library, grammar.text, log_level=0, limits=limits)
@@ -137,10 +132,7 @@ class GrammarMaskSources:
             raise InvalidRequest(f"the grammar cannot be used with this model: {first_line(matcher.get_error())}")
         with self._lock:
             self._count(grammars_total=1, grammar_seconds_total=time.perf_counter() - began_s)
-            self._matchers[key, grammar.text] = matcher.deep_copy()
-            while len(self._matchers) > _KEPT_GRAMMARS:
-                self._matchers.popitem(last=False)
-        return GuidedSequence(matcher, tokenizer, grammar)
+            return self._lanes.add(key, grammar.text, matcher).open(tokenizer, grammar)
 
     def _tokenizer(self, model_dir: str, facts: ModelFacts) -> tuple[bytes, GrammarTokenizer]:
         """Return the tokenizer and its key. One thread builds it, the others wait."""

@@ -226,7 +226,7 @@ def test_mask_sources_compute_together_equals_alone(folder: Path, vocab_size: in
     sources = GrammarMaskSources(fill_threads=fill_threads)
     rng = random.Random(4)
     thinking = msgspec.structs.replace(DIGITS, reasoning_close="zo", starts_in_reasoning=True)
-    grammars = [COLOURS, DIGITS, thinking, COLOURS, DIGITS, DIGITS]
+    grammars = [COLOURS, DIGITS, thinking, COLOURS, DIGITS, DIGITS] * 3
     alone = [open_run(folder, grammar, sources, vocab_size=vocab_size) for grammar in grammars]
     together = [open_run(folder, grammar, sources, vocab_size=vocab_size) for grammar in grammars]
     for _ in range(4):
