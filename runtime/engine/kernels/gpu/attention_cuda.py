@@ -13,7 +13,7 @@ let a sequence share a block that a lone token fills in the same plan.
 
 import ctypes
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from runtime.engine.kernels.scratch import Scratch
 
 SOURCE = "attention_decode.cu"
 NAME = "attention_decode"
-MAX_PAIRS = 512  # of rows and KV heads. Above, Triton's many small programs are as fast or faster.
+MAX_PAIRS = 512  # of rows and KV heads with keys of 16 bits. Above, Triton's many small programs are as fast or faster.
 _MAX_ROWS = 1024  # MAX_ROWS of attention_rows.cuh and attention_decode.cu
 _TILE = 16
 _LEAST = 12
@@ -117,9 +117,11 @@ def cut(
 ) -> Cut:
     """Choose how to divide the work, from the measurements in docs/benchmarks/linear.md.
 
-    Rows stay whole if there are enough of them, because merging parts costs some microseconds. Each pair of row and KV
+    `key_bytes`: of one channel of a key. Rows stay whole if there are enough of them, because merging parts costs some microseconds. Each pair of row and KV
     head gets a multiprocessor if there are few pairs, and half of one otherwise.
     """
+    if key_bytes == 1:
+        return _cut_fp8(num_rows, num_kv_heads, group, head_dim, max_context_len, processors)
     pairs = num_rows * num_kv_heads
     few = pairs <= processors
     warps = 8 if few and head_dim <= 128 else 4
@@ -128,10 +130,23 @@ def cut(
         heads_each //= 2
     wanted = -(-processors * (1 if few else 2) * heads_each // num_kv_heads)
     blocks = max(num_rows, min(wanted, num_rows * -(-max_context_len // _TILE) // _LEAST), 1)
-    stages = (2 if head_dim > 128 else 4 if head_dim <= 64 and not few else 3) * 2 // key_bytes
+    stages = 2 if head_dim > 128 else 4 if head_dim <= 64 and not few else 3
     how = Cut(heads_each, blocks, 24 if few else 32, warps, stages)
+    return _fitting(how, num_rows, group, head_dim, key_bytes)
+
+
+def _cut_fp8(num_rows: int, num_kv_heads: int, group: int, head_dim: int, max_context_len: int, processors: int) -> Cut:
+    """Choose how to divide the work for keys of 8 bits: a block per multiprocessor, and two heads, which are 256 bytes of a token with 128 channels."""
+    heads_each = 2 if num_kv_heads % 2 == 0 else 1
+    wanted = processors * heads_each // num_kv_heads
+    blocks = max(1, min(wanted, num_rows * -(-max_context_len // _TILE) // _LEAST))
+    return _fitting(Cut(heads_each, blocks, 24, 8 if head_dim <= 128 else 4, 4), num_rows, group, head_dim, key_bytes=1)
+
+
+def _fitting(how: Cut, num_rows: int, group: int, head_dim: int, key_bytes: int) -> Cut:
+    """Shorten the rings until a block's shared memory fits."""
     while how.stages > 1 and how.shared_bytes(num_rows, group, head_dim, key_bytes) > nvrtc.SHARED_BYTES:
-        how = Cut(heads_each, blocks, how.whole, warps, how.stages - 1)
+        how = replace(how, stages=how.stages - 1)
     return how
 
 
@@ -179,11 +194,11 @@ def decode_attention(
     Returns False without any effect if this kernel does not support the operands.
     """
     num_rows, head_dim, group = row_slots.shape[0], q.shape[2], q.shape[1] // num_kv_heads
-    if scratch is None or (how is None and num_rows * num_kv_heads > MAX_PAIRS):
+    key_bytes = k_plane.element_size()
+    if scratch is None or (how is None and key_bytes == 2 and num_rows * num_kv_heads > MAX_PAIRS):
         return False
     if not serves(q, k_plane, v_plane, page_unit, num_rows, num_kv_heads, sinks):
         return False
-    key_bytes = k_plane.element_size()
     how = how or cut(num_rows, num_kv_heads, group, head_dim, max_context_len, _processors(q.device), key_bytes)
     shared_bytes = how.shared_bytes(num_rows, group, head_dim, key_bytes)
     if shared_bytes > nvrtc.SHARED_BYTES or not scratch.holds(
