@@ -8,7 +8,7 @@ PROGRAM = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from runtime.engine.kernels.gpu import activation, adapters_triton, argmax, inputs, linear8, linear16, norm, quantized_rows, sample
+from runtime.engine.kernels.gpu import activation, adapter_norm, adapters_triton, argmax, inputs, linear8, linear16, norm, quantized_rows, sample
 
 def check(kernel, constants, num_warps, **pointers):
     types = {name: "constexpr" if name in constants else pointers.get(name, "*i32" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
@@ -45,6 +45,9 @@ for block_t, block_n, slices in ((16, 64, 3), (16, 128, 1), (64, 128, 2)):
     expand = {**constants, "SPLITS": 4, "BLOCK_N": block_n}
     check(adapters_triton.expand_kernel, {**expand, "SLICES": slices}, 4, **tables)
     check(adapters_triton.gated_expand_kernel, {**expand, "SLICES": min(slices, 2), "KIND": 1}, 8, **tables)
+pointers = {**tables, "residual_ptr": "*bf16"}
+constants = {"HIDDEN_STRIDE": 64, "SPLITS": 4, "BLOCK": 4096, "BLOCK_R": 16, "PLUS_ONE": False, "PDL": True}
+check(adapter_norm.adapted_norm_kernel, constants, 16, **pointers, eps="fp32")
 print("compiled")
 """
 

@@ -192,6 +192,49 @@ def test_log_probabilities_over_a_base_on_a_gpu(
     assert sum(effects) / len(effects) > 0.4
 
 
+@pytest.mark.gpu
+def test_log_probabilities_of_decoded_tokens_on_a_gpu(tmp_path: Path) -> None:
+    """Teacher-forced in bf16: rows of two adapters and the base decode together, where norms add the adapters' outputs, without graphs and with them."""
+    model = model_of("llama")
+    checkpoint = msgspec.structs.replace(save(model.to(torch.bfloat16), tmp_path / "base"), dtype="bfloat16")
+    oracles: dict[str, PreTrainedModel | PeftModel] = {"base": model_of("llama")}
+    engine = RealEngine(device="cuda", slab_bytes=1 << 21, device_budget_bytes=128 << 20)
+    differences, effects = [], []
+    try:
+        engine.load("base", checkpoint)
+        for seed in (1, 2):
+            oracles[f"a{seed}"] = peft_model(model_of("llama"), r=8, seed=seed, spread=0.1)
+            folder = save_adapter(oracles[f"a{seed}"], tmp_path / f"peft-{seed}")
+            engine.load(f"a{seed}", packed_adapter(folder, tmp_path / f"packed-{seed}", "bfloat16"), "base")
+        asks = [(model_id, prompt) for prompt in prompts(4, 2) for model_id in oracles]
+        for _ in range(3):
+            while engine.loop.idle():
+                pass  # It captures graphs.
+            request = [
+                (
+                    model_id,
+                    GenerationRequest(
+                        prompt=tuple(prompt),
+                        sampling=SamplingParams(temperature=0.0),
+                        stop=StopParams(MAX_NEW, ignore_eos=True),
+                        logprobs=LogprobParams(generated=0),
+                    ),
+                )
+                for model_id, prompt in asks
+            ]
+            for (model_id, prompt), rows in zip(asks, engine.run(request), strict=True):
+                tokens = [token for row in rows for token in row.tokens]
+                found = [entry.logprob for row in rows for entry in row.logprobs or ()]
+                scores = log_probabilities(oracles[model_id], [*prompt, *tokens])[-len(tokens) :]
+                plain = log_probabilities(oracles["base"], [*prompt, *tokens])[-len(tokens) :]
+                differences += [abs(a - b) for a, b in zip(found, scores, strict=True)]
+                effects += [abs(a - b) for a, b in zip(plain, scores, strict=True)] if model_id != "base" else []
+    finally:
+        engine.close()
+    assert sum(differences) / len(differences) < 0.04
+    assert sum(effects) / len(effects) > 0.4
+
+
 def test_merged_weights_give_the_same_text(tmp_path: Path, engine: RealEngine) -> None:
     """PEFT's merge-and-unload is a second oracle."""
     engine.load("base", save(tiny("llama"), tmp_path / "base"))

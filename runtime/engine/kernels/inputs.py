@@ -13,6 +13,7 @@ Layout of the upload, in int32 words:
     chunks:     (adapter's slot, first place in the order, number of tokens) each, if rows have adapters; slot -1 = no adapter
     order:      all tokens, those of one adapter end to end
     sample chunks, sample order: the same of the samples, unless every token is one
+    owners:     the adapter's slot of each place in the order, if every row has one token
 
 Unused rows are padded with zero queries and unused tokens with slot -1, so that one CUDA graph serves every smaller
 step.
@@ -44,7 +45,8 @@ HEADER_WORDS = 20
     NUM_SAMPLE_CHUNKS,
     AT_SAMPLE_CHUNKS,
     AT_SAMPLE_ORDER,
-) = range(19)
+    AT_OWNERS,
+) = range(20)
 
 
 def build_inputs(

@@ -16,7 +16,7 @@ from runtime.engine.kernels.scratch import Scratch
 
 MOST_LANES = 16  # programs of an expand among which the chunks of a block of outputs are divided
 _BLOCK_K, _BLOCK_K_OF_LARGE = 128, 64  # columns of a shrink's step, for small and large chunks
-_BLOCK_R = 16
+BLOCK_R = 16
 _FEW_CHUNKS = 16
 
 
@@ -64,7 +64,7 @@ def shrink(
     num_tokens, in_features = x.shape
     if not 0 < slices <= MAX_MODULES or x.stride(1) != 1:
         raise ValueError(f"x {list(x.shape)} with strides {x.stride()} does not fit {slices} modules")
-    stride = triton.next_power_of_2(max(table.max_rank, _BLOCK_R))
+    stride = triton.next_power_of_2(max(table.max_rank, BLOCK_R))
     how = tiling(chunks, in_features, slices)
     elements = how.splits * num_tokens * slices * stride
     # Every launch that uses the scratch waits for the kernels before it, so the parts live until the expand has read them.
@@ -92,7 +92,7 @@ def shrink(
             EVEN_K=in_features % how.block_k == 0,
             BLOCK_T=chunks.tokens,
             BLOCK_K=how.block_k,
-            BLOCK_R=_BLOCK_R,
+            BLOCK_R=BLOCK_R,
             PDL=pdl.overlaps(x),
             PRECISION=precision(x),
             num_warps=4,
@@ -131,7 +131,7 @@ def expand(
         HIDDEN_STRIDE=shrunk.stride,
         BLOCK_T=chunks.tokens,
         BLOCK_N=block_n,
-        BLOCK_R=_BLOCK_R,
+        BLOCK_R=BLOCK_R,
         PDL=pdl.overlaps(y),
         PRECISION=precision(y),
         num_warps=num_warps,
@@ -177,7 +177,7 @@ def expand_gated(
         HIDDEN_STRIDE=shrunk.stride,
         BLOCK_T=chunks.tokens,
         BLOCK_N=block_n,
-        BLOCK_R=_BLOCK_R,
+        BLOCK_R=BLOCK_R,
         PDL=pdl.overlaps(y),
         PRECISION=precision(y),
         num_warps=num_warps,
@@ -212,7 +212,7 @@ def tiling(chunks: Chunks, in_features: int, slices: int) -> Tiling:
 
 def outputs_of_block(chunks: Chunks) -> tuple[int, int]:
     """Return the outputs and the warps of one program of the expand."""
-    return (256, 4) if chunks.tokens <= SMALL_CHUNK else (128, 8)
+    return (128, 4) if chunks.tokens <= SMALL_CHUNK else (128, 8)
 
 
 def gated_outputs_of_block(chunks: Chunks) -> tuple[int, int]:

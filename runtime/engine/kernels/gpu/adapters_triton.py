@@ -15,7 +15,12 @@ from runtime.engine.kernels.gpu.dot import dot_add
 @triton.jit
 def _chunk(c, upload_ptr, word, BLOCK_T: tl.constexpr):
     """Return a chunk's slot (-1 = no adapter), its first place in the order, the mask of its rows, and its tokens. `word`: see Chunks."""
-    live = c < tl.load(upload_ptr + word)
+    return _chunk_of(c, tl.load(upload_ptr + word), upload_ptr, word, BLOCK_T)
+
+
+@triton.jit
+def _chunk_of(c, num_chunks, upload_ptr, word, BLOCK_T: tl.constexpr):
+    live = c < num_chunks
     chunk_ptr = upload_ptr + tl.load(upload_ptr + word + 1) + 3 * c
     slot = tl.load(chunk_ptr, mask=live, other=-1).to(tl.int64)
     first = tl.load(chunk_ptr + 1, mask=live, other=0)
@@ -27,13 +32,13 @@ def _chunk(c, upload_ptr, word, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def _place(slot, module, places_ptr, num_modules):
+def locate(slot, module, places_ptr, num_modules):
     """Return where the matrices of a module begin, and their rank, which is 0 without an adapter."""
-    place_ptr = places_ptr + (tl.maximum(slot, 0) * num_modules + module) * 3
-    a_at = tl.multiple_of(tl.load(place_ptr), 64)
-    b_at = tl.multiple_of(tl.load(place_ptr + 1), 64)
-    rank = tl.load(place_ptr + 2).to(tl.int32)
-    rank = tl.multiple_of(tl.where(slot >= 0, rank, 0), 16)
+    found = slot >= 0
+    place_ptr = places_ptr + (slot * num_modules + module) * 3
+    a_at = tl.multiple_of(tl.load(place_ptr, mask=found, other=0), 64)
+    b_at = tl.multiple_of(tl.load(place_ptr + 1, mask=found, other=0), 64)
+    rank = tl.multiple_of(tl.load(place_ptr + 2, mask=found, other=0).to(tl.int32), 16)
     return a_at, b_at, rank
 
 
@@ -68,18 +73,18 @@ def shrink_kernel(
     split = tl.program_id(2)
     slot, first, mask, tokens = _chunk(tl.program_id(0), upload_ptr, word, BLOCK_T)
     module = tl.program_id(1)
-    a_at, _, rank = _place(slot, first_module + module, places_ptr, num_modules)
+    a_at, _, rank = locate(slot, first_module + module, places_ptr, num_modules)
     lines = tl.arange(0, LINES)
     starts = tl.zeros((LINES,), tl.int64) + a_at
     ranks = tl.zeros((LINES,), tl.int32) + rank
     if EACH > 1:
         which = lines // BLOCK_R
-        a1_at, _, rank1 = _place(slot, first_module + 1, places_ptr, num_modules)
+        a1_at, _, rank1 = locate(slot, first_module + 1, places_ptr, num_modules)
         starts = tl.where(which == 1, a1_at, starts)
         ranks = tl.where(which == 1, rank1, ranks)
         rank = tl.maximum(rank, rank1)
         if EACH > 2:
-            a2_at, _, rank2 = _place(slot, first_module + 2, places_ptr, num_modules)
+            a2_at, _, rank2 = locate(slot, first_module + 2, places_ptr, num_modules)
             starts = tl.where(which == 2, a2_at, starts)
             ranks = tl.where(which == 2, rank2, tl.where(which == 3, 0, ranks))
             rank = tl.maximum(rank, rank2)
@@ -202,14 +207,13 @@ def expand_kernel(
     mask_n = outs < width
     part_stride = hidden_rows.to(tl.int64) * (SLICES * HIDDEN_STRIDE)
     num_chunks = tl.load(upload_ptr + word)
-    if tl.program_id(0) >= num_chunks:
-        pdl.wait(PDL)
-    for c in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
-        slot, first, mask, tokens = _chunk(c, upload_ptr, word, BLOCK_T)
-        _, b_at, rank = _place(slot, first_module + module, places_ptr, num_modules)
-        b_ptrs = memory_ptr + b_at + outs.to(tl.int64)[:, None] * rank + ranks[None, :]
-        b_first = tl.load(b_ptrs, mask=mask_n[:, None] & (rank > 0), other=0.0)
-        pdl.wait(PDL)
+    lanes = tl.num_programs(0)
+    slot, first, mask, tokens = _chunk_of(tl.program_id(0), num_chunks, upload_ptr, word, BLOCK_T)
+    _, b_at, rank = locate(slot, first_module + module, places_ptr, num_modules)
+    b_ptrs = memory_ptr + b_at + outs.to(tl.int64)[:, None] * rank + ranks[None, :]
+    b = tl.load(b_ptrs, mask=mask_n[:, None] & (rank > 0), other=0.0)
+    pdl.wait(PDL)
+    for c in range(tl.program_id(0), num_chunks, lanes):
         h_ptr = hidden_ptr + (first.to(tl.int64) * SLICES + module) * HIDDEN_STRIDE
         h_ptrs = h_ptr + rows[:, None] * (SLICES * HIDDEN_STRIDE) + ranks[None, :]
         part_ptrs = h_ptrs[None, :, :] + parts[:, None, None] * part_stride
@@ -217,8 +221,26 @@ def expand_kernel(
         y_ptrs = y_ptr + tokens[:, None] * y_stride + (column + outs)[None, :]
         touched = mask[:, None] & mask_n[None, :] & (rank > 0)
         y = tl.load(y_ptrs, mask=touched, other=0.0)
-        y = _added(y, part_ptrs, mask_h, b_ptrs, b_first, mask_n, rank, BLOCK_T, BLOCK_N, BLOCK_R, PRECISION)
+        # What the lane's next chunk needs is fetched while this one is computed: each step of its way waits for the memory.
+        next_slot, next_first, next_mask, next_tokens = _chunk_of(c + lanes, num_chunks, upload_ptr, word, BLOCK_T)
+        y = _added(y, part_ptrs, mask_h, b_ptrs, b, mask_n, rank, BLOCK_T, BLOCK_N, BLOCK_R, PRECISION)
+        _, b_at, rank = locate(next_slot, first_module + module, places_ptr, num_modules)
+        b_ptrs = memory_ptr + b_at + outs.to(tl.int64)[:, None] * rank + ranks[None, :]
+        b = tl.load(b_ptrs, mask=mask_n[:, None] & (rank > 0), other=0.0)
         tl.store(y_ptrs, y, mask=touched)
+        slot, first, mask, tokens = next_slot, next_first, next_mask, next_tokens
+
+
+@triton.jit
+def _gate_and_up(slot, module, places_ptr, num_modules, width, SLICES: tl.constexpr):
+    """Return where the B of gate begins, its rank, and the same of up. SLICES = 1: both are one matrix."""
+    _, gate_at, gate_rank = locate(slot, module, places_ptr, num_modules)
+    if SLICES == 2:
+        _, up_at, up_rank = locate(slot, module + 1, places_ptr, num_modules)
+    else:
+        up_at = gate_at + width.to(tl.int64) * gate_rank
+        up_rank = gate_rank
+    return gate_at, gate_rank, up_at, up_rank
 
 
 @triton.jit(do_not_specialize=["word", "first_module", "num_modules", "num_splits", "hidden_rows"])
@@ -256,22 +278,16 @@ def gated_expand_kernel(
     mask_n = outs < width
     part_stride = hidden_rows.to(tl.int64) * (SLICES * HIDDEN_STRIDE)
     num_chunks = tl.load(upload_ptr + word)
-    if tl.program_id(0) >= num_chunks:
-        pdl.wait(PDL)
-    for c in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
-        slot, first, mask, tokens = _chunk(c, upload_ptr, word, BLOCK_T)
-        _, gate_at, gate_rank = _place(slot, first_module, places_ptr, num_modules)
-        if SLICES == 2:
-            _, up_at, up_rank = _place(slot, first_module + 1, places_ptr, num_modules)
-        else:
-            up_at = gate_at + width.to(tl.int64) * gate_rank
-            up_rank = gate_rank
-        lines = outs.to(tl.int64)[:, None]
-        gate_b_ptrs = memory_ptr + gate_at + lines * gate_rank + ranks[None, :]
-        up_b_ptrs = memory_ptr + up_at + lines * up_rank + ranks[None, :]
-        gate_b = tl.load(gate_b_ptrs, mask=mask_n[:, None] & (gate_rank > 0), other=0.0)
-        up_b = tl.load(up_b_ptrs, mask=mask_n[:, None] & (up_rank > 0), other=0.0)
-        pdl.wait(PDL)
+    lanes = tl.num_programs(0)
+    lines = outs.to(tl.int64)[:, None]
+    slot, first, mask, tokens = _chunk_of(tl.program_id(0), num_chunks, upload_ptr, word, BLOCK_T)
+    gate_at, gate_rank, up_at, up_rank = _gate_and_up(slot, first_module, places_ptr, num_modules, width, SLICES)
+    gate_b_ptrs = memory_ptr + gate_at + lines * gate_rank + ranks[None, :]
+    up_b_ptrs = memory_ptr + up_at + lines * up_rank + ranks[None, :]
+    gate_b = tl.load(gate_b_ptrs, mask=mask_n[:, None] & (gate_rank > 0), other=0.0)
+    up_b = tl.load(up_b_ptrs, mask=mask_n[:, None] & (up_rank > 0), other=0.0)
+    pdl.wait(PDL)
+    for c in range(tl.program_id(0), num_chunks, lanes):
         h_ptrs = hidden_ptr + (first + rows).to(tl.int64)[:, None] * (SLICES * HIDDEN_STRIDE) + ranks[None, :]
         part_ptrs = h_ptrs[None, :, :] + parts[:, None, None] * part_stride
         mask_h = (parts < num_splits)[:, None, None] & mask[None, :, None]
@@ -279,9 +295,18 @@ def gated_expand_kernel(
         y_ptrs = y_ptr + tokens[:, None] * y_stride + outs[None, :]
         gate = tl.load(y_ptrs, mask=touched, other=0.0)
         up = tl.load(y_ptrs + width, mask=touched, other=0.0)
+        next_slot, next_first, next_mask, next_tokens = _chunk_of(c + lanes, num_chunks, upload_ptr, word, BLOCK_T)
         gate = _added(gate, part_ptrs, mask_h, gate_b_ptrs, gate_b, mask_n, gate_rank, BLOCK_T, BLOCK_N, BLOCK_R, PRECISION)  # fmt: skip
         if SLICES == 2:
             part_ptrs += HIDDEN_STRIDE
         up = _added(up, part_ptrs, mask_h, up_b_ptrs, up_b, mask_n, up_rank, BLOCK_T, BLOCK_N, BLOCK_R, PRECISION)
+        gate_at, gate_rank, up_at, up_rank = _gate_and_up(
+            next_slot, first_module, places_ptr, num_modules, width, SLICES
+        )
+        gate_b_ptrs = memory_ptr + gate_at + lines * gate_rank + ranks[None, :]
+        up_b_ptrs = memory_ptr + up_at + lines * up_rank + ranks[None, :]
+        gate_b = tl.load(gate_b_ptrs, mask=mask_n[:, None] & (gate_rank > 0), other=0.0)
+        up_b = tl.load(up_b_ptrs, mask=mask_n[:, None] & (up_rank > 0), other=0.0)
         out = activated(gate.to(tl.float32), KIND).to(DTYPE).to(tl.float32) * up.to(tl.float32)
         tl.store(out_ptr + tokens[:, None] * width + outs[None, :], out.to(DTYPE), mask=touched)
+        slot, first, mask, tokens = next_slot, next_first, next_mask, next_tokens
