@@ -12,7 +12,9 @@ from pathlib import Path
 
 import uvloop
 
-from bench.fleet import Call, Caller, Summary, Traffic, fleet, register, summarise, zipf
+from bench.caller import Caller, Traffic, zipf
+from bench.fleet import fleet, register
+from bench.ledger import LATE_S, Call, Outcome, Summary, summarise
 from bench.svg import Series, line_chart
 
 _MODELS = [f"model{number}" for number in range(100)]
@@ -29,7 +31,7 @@ class Result:
     ledger: Sequence[Call]
 
     def row(self) -> tuple[str, ...]:
-        answered = self.summary.codes.get("OK", 0) / self.summary.num_calls
+        answered = self.summary.of(Outcome.OK) / self.summary.num_calls
         return (
             self.name,
             f"{answered:.1%}".replace("%", " %"),
@@ -47,7 +49,7 @@ def measure(name: str, seconds: float, shuffled_every_s: float | None) -> Result
         uvloop.run(register(mesh.pods[0], _MODELS))
         traffic = Traffic(_MODELS, zipf(len(_MODELS), 0.9, shuffled_every_s=shuffled_every_s), _RATE, seconds)
         ledger = uvloop.run(Caller(mesh.pods).run(traffic))
-        return Result(name, summarise(ledger, round(_RATE * seconds)), mesh.num_loads(), ledger)
+        return Result(name, summarise(ledger), mesh.num_loads(), ledger)
 
 
 def late_share(ledger: Sequence[Call], seconds: float, every_s: float = 2.0) -> list[tuple[float, float]]:
@@ -55,7 +57,7 @@ def late_share(ledger: Sequence[Call], seconds: float, every_s: float = 2.0) -> 
     points = []
     for step in range(int(seconds / every_s)):
         calls = [call for call in ledger if step * every_s <= call.sent_s < (step + 1) * every_s]
-        late = sum(call.seconds >= 0.3 for call in calls)
+        late = sum(call.seconds >= LATE_S for call in calls)
         points.append(((step + 0.5) * every_s, 100 * late / max(1, len(calls))))
     return points
 

@@ -39,11 +39,13 @@ def etcd_binary(scratch: Path) -> Path:
 
 
 class EtcdServer:
-    """`start`, `kill` (SIGKILL) and `start` again keep port and data; `wipe` loses the data, as a store restored from nothing would."""
+    """`start`, `kill` (SIGKILL) and `start` again keep port and data. After `wipe`, `start` begins without data."""
 
-    def __init__(self, directory: Path, *, tls: bool = False) -> None:
+    def __init__(self, directory: Path, *, tls: bool = False, host: str = "127.0.0.1") -> None:
         self._directory = directory
         self._data = directory / "data"
+        self._kept = directory / "kept"
+        self._host = host
         self._scheme = "https" if tls else "http"
         self._port = free_port()
         self._peer_port = free_port()
@@ -51,7 +53,7 @@ class EtcdServer:
 
     @property
     def endpoint(self) -> str:
-        return f"127.0.0.1:{self._port}"
+        return f"{self._host}:{self._port}"
 
     @property
     def url(self) -> str:
@@ -65,7 +67,7 @@ class EtcdServer:
     def start(self, *, elsewhere: bool = False) -> str:
         """Returns the endpoint. `elsewhere`: on another port, where clients that know only the usual one do not see it."""
         port = free_port() if elsewhere else self._port
-        client, peer = f"{self._scheme}://127.0.0.1:{port}", f"http://127.0.0.1:{self._peer_port}"
+        client, peer = f"{self._scheme}://{self._host}:{port}", f"http://127.0.0.1:{self._peer_port}"
         with (self._directory / "etcd.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
@@ -87,7 +89,7 @@ class EtcdServer:
                 stderr=log,
             )
         self._wait_until_serving(port)
-        return f"127.0.0.1:{port}"
+        return f"{self._host}:{port}"
 
     def kill(self) -> None:
         if self._process is not None:
@@ -118,8 +120,16 @@ class EtcdServer:
             answer.read()
 
     def wipe(self) -> None:
+        """Kill the process and move its data away, for `restore`."""
+        self.kill()
+        shutil.rmtree(self._kept, ignore_errors=True)
+        self._data.rename(self._kept)
+
+    def restore(self) -> None:
+        """Kill the process and bring back the data that the last `wipe` moved away."""
         self.kill()
         shutil.rmtree(self._data)
+        self._kept.rename(self._data)
 
     def _wait_until_serving(self, port: int) -> None:
         """The port opens when the node has joined; what is not answered then is the client's to bear."""
@@ -129,7 +139,7 @@ class EtcdServer:
             if self._process.poll() is not None:
                 raise RuntimeError(f"etcd ended: {(self._directory / 'etcd.log').read_text()[-2000:]}")
             try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
+                socket.create_connection((self._host, port), 1).close()
                 return
             except OSError:
                 if time.monotonic() > give_up:

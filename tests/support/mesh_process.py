@@ -95,6 +95,12 @@ class MeshProcess:
     def _children(self) -> list[psutil.Process]:
         return psutil.Process(self._running.pid).children(recursive=True)
 
+    def leave(self, timeout_s: float = 30.0) -> None:
+        """End the pod as Kubernetes does, by SIGTERM, and wait for its end."""
+        self._running.terminate()
+        self._running.wait(timeout_s)
+        self.process = None
+
     def kill(self) -> None:
         if self.process is not None:
             self.process.kill()
@@ -123,16 +129,19 @@ def mesh_process(
     runtime_grpc: str,
     runtime_http: str = "",
     clock_shift_s: float = 0.0,
+    host: str = "127.0.0.1",
+    within: tuple[str, ...] = (),
     **settings: Any,
 ) -> Iterator[MeshProcess]:
-    """Start a pod and end it with the context. The caller waits until it is ready."""
+    """Start a pod and end it with the context. The caller waits until it is ready. `host`, `within`: where it listens, and how it gets there."""
     pod = MeshProcess(
         directory,
         instance_id,
-        f"127.0.0.1:{free_port()}",
-        f"127.0.0.1:{free_port()}",
+        f"{host}:{free_port()}",
+        f"{host}:{free_port()}",
         {"store": store, "runtime_grpc": runtime_grpc, "runtime_http": runtime_http, **settings},
         clock_shift_s,
+        within,
     )
     pod.start()
     try:

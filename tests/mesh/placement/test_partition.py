@@ -1,19 +1,13 @@
 """A pod whose network is cut, in network namespaces: packets vanish and no connection is closed."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-
-def may_make_namespaces() -> bool:
-    if not all(shutil.which(tool) for tool in ("unshare", "nsenter", "ip")):
-        return False
-    script = "ip link add va type veth peer name vb && unshare -n true"
-    return subprocess.run(["unshare", "-rn", "sh", "-c", script], capture_output=True, check=False).returncode == 0
+from tests.support.pod_network import may_make_namespaces
 
 
 @pytest.mark.skipif(not may_make_namespaces(), reason="network namespaces cannot be made here")
