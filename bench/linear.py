@@ -1,4 +1,4 @@
-"""Measures a linear layer on a GPU in NF4, FP4 and int8, beside cuBLAS in bf16, bitsandbytes if installed, and the floor.
+"""Measures a linear layer on a GPU in NF4, FP4, GGUF's Q4_0 and int8, beside cuBLAS in bf16, bitsandbytes if installed, and the floor.
 
     python bench/linear.py [--shapes 28672x4096,4096x4096] [--rows 1,16,256]
 
@@ -90,6 +90,8 @@ def measure(num_rows: int, num_outputs: int, in_features: int, scratch: Scratch,
     def four_bits(codebook: str) -> Callable[[], object]:
         weight = torch.randint(0, 256, (num_outputs, in_features // 2), device="cuda", dtype=torch.uint8)
         absmax = torch.rand(num_outputs, in_features // 64, device="cuda")
+        if codebook == "q4_0":
+            absmax = torch.rand(num_outputs, in_features // 32, device="cuda", dtype=torch.float16)
         return lambda: linear_4bit(x, weight, absmax, codebook, out=out, scratch=scratch)  # type: ignore[arg-type]
 
     def int8() -> Callable[[], object]:
@@ -105,6 +107,7 @@ def measure(num_rows: int, num_outputs: int, in_features: int, scratch: Scratch,
     add("bf16", 2 * size, bf16)
     add("NF4", size // 2 + size // 16, lambda: four_bits("nf4"))
     add("FP4", size // 2 + size // 16, lambda: four_bits("fp4"))
+    add("Q4_0", size // 2 + size // 16, lambda: four_bits("q4_0"))
     add("int8", size, int8)
     add("fp8", size, fp8)
     peer = _bitsandbytes(x, num_outputs, in_features)
@@ -131,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shapes", default="28672x4096,6144x4096,4096x4096,4096x14336", help="outputs x inputs")
     parser.add_argument("--rows", default="1,2,4,8,16,32,64,128,256,1024")
-    parser.add_argument("--formats", default="bf16,NF4,FP4,int8,fp8,bitsandbytes")
+    parser.add_argument("--formats", default="bf16,NF4,FP4,Q4_0,int8,fp8,bitsandbytes")
     options = parser.parse_args()
     scratch = Scratch.allocate("cuda", staging_bytes=256 << 20)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; microseconds (share of the floor)")

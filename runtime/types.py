@@ -153,8 +153,8 @@ class Checkpoint(msgspec.Struct, frozen=True):
     """A model's files on this machine, ready for the engine to load: what the puller and the packer hand over.
 
     `packed_file` is a safetensors file whose tensors lie in layer order, in the kernels' layout, under the names of the module's parameters
-    (`….weight` uint8 with `….absmax` float32 for 4 bit; `….weight` int8 with `….scale` float32 for int8); None = read
-    `weight_files` where they lie, under the checkpoint's own names.
+    (`….weight` uint8 with `….absmax` float32 for 4 bit, or with `….q4_0` or `….iq4_nl` float16 for the blocks of a GGUF file; `….weight` int8 with
+    `….scale` float32 for int8); None = read `weight_files` where they lie, under the checkpoint's own names.
     """
 
     model_dir: str  # config.json, generation_config.json, tokenizer files

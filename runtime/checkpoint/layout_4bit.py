@@ -1,4 +1,4 @@
-"""Converts 4-bit weights between bitsandbytes' layout and that of the kernels.
+"""Converts 4-bit weights between the layouts of bitsandbytes and GGUF and that of the kernels.
 
 bitsandbytes packs row-major pairs, the first element in the high nibble, with one absmax for each 64 elements. A kernel wants 32-bit words
 that unpack into operands of a matrix product without moving anything between threads. So each row is cut into groups of 128 elements, 16 words of
@@ -6,14 +6,19 @@ that unpack into operands of a matrix product without moving anything between th
 eight stretches of 16 neighbouring elements, four of them in either block of 64.
 
 Same size, same absmax, other order. A row of an odd number of blocks is padded by one block whose absmax is 0.
+
+GGUF's blocks of 32 elements have two bytes of scale and 16 bytes of codes, byte i with the elements i (low nibble) and i + 16. Byte b of word i
+of a group is byte i of its block b, so that only bytes change places. The four scales of a group stay float16.
 """
 
 import torch
 from torch import Tensor
 
-from runtime.checkpoint.quantized_shapes import BLOCK, GROUP, padded_width
+from runtime.checkpoint.quantized_shapes import BLOCK, GGUF_BLOCK, GROUP, padded_width
 
 _WORDS = GROUP // 8
+_BLOCK_BYTES = GGUF_BLOCK // 2
+_SCALE_BYTES = 2
 
 
 def kernel_layout_4bit(weight: Tensor, absmax: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
@@ -47,3 +52,23 @@ def bitsandbytes_layout_4bit(weight: Tensor, absmax: Tensor, in_features: int) -
     """Invert `kernel_layout_4bit` for 2-D weights: return uint8 [N·K/2, 1] and float32 [N·K/64]."""
     codes = codes_4bit(weight, in_features)
     return ((codes[:, 0::2] << 4) | codes[:, 1::2]).reshape(-1, 1), absmax[:, : in_features // BLOCK].reshape(-1)
+
+
+def kernel_layout_gguf(stored: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows of GGUF blocks `stored` (uint8 [N, 18·K/32]) as codes uint8 [N, P/2] and scales float16 [N, P/32].
+
+    P is `padded_width(K)`. Blocks that fill up a row have the scale 0.
+    """
+    num_rows = stored.shape[0]
+    blocks = stored.view(num_rows, -1, _SCALE_BYTES + _BLOCK_BYTES)
+    num_blocks = padded_width(blocks.shape[1] * GGUF_BLOCK) // GGUF_BLOCK
+    blocks = torch.nn.functional.pad(blocks, (0, 0, 0, num_blocks - blocks.shape[1]))
+    scales = blocks[..., :_SCALE_BYTES].contiguous().view(torch.float16).view(num_rows, num_blocks)
+    codes = blocks[..., _SCALE_BYTES:].reshape(num_rows, -1, GROUP // GGUF_BLOCK, _BLOCK_BYTES)
+    return codes.transpose(2, 3).reshape(num_rows, -1), scales
+
+
+def gguf_layout(weight: Tensor, scales: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+    """Return codes and scales in the kernels' layout as the codes of GGUF's blocks, uint8 [N, K/2], and scales [N, K/32]."""
+    codes = weight.view(weight.shape[0], -1, _WORDS, GROUP // GGUF_BLOCK).transpose(2, 3).flatten(1)
+    return codes[:, : in_features // 2].contiguous(), scales[:, : in_features // GGUF_BLOCK].contiguous()

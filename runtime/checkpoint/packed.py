@@ -1,6 +1,7 @@
 """A packed file's tensors as a model's: quantised weights beside their scales, under the module's own names, in the layout that the device reads.
 
-4-bit codes lie as our GPU kernels or as bitsandbytes' CPU routines want them; a file of the other kind is rearranged on the way in.
+4-bit codes lie as our GPU kernels want them, or as the CPU does: in bitsandbytes' layout, or in GGUF's own if they are of its blocks. A file of the
+other kind is rearranged on the way in.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from runtime.checkpoint.layout_4bit import bitsandbytes_layout_4bit, kernel_layout_4bit
+from runtime.checkpoint.layout_4bit import bitsandbytes_layout_4bit, gguf_layout, kernel_layout_4bit
 from runtime.checkpoint.name_mapping import Conversion, Resolution
-from runtime.checkpoint.quantized_shapes import BLOCK, padded_width
+from runtime.checkpoint.quantized_shapes import BLOCK, GGUF_BLOCK, KEPT_BLOCKS, padded_width
 from runtime.checkpoint.safetensors_index import StoredTensor
 from runtime.checkpoint.weight_layout import TensorSpec
 from runtime.errors import LoadFailed
@@ -38,6 +39,7 @@ class PackedTensors:
         for spec in specs:
             module, _, leaf = spec.name.rpartition(".")
             absmax, scale = f"{module}.absmax", f"{module}.scale"
+            kept = next((name for kind in KEPT_BLOCKS.values() if (name := f"{module}.{kind}") in index), None)
             if leaf != "weight" or spec.name not in index:
                 self.specs.append(spec)
             elif absmax in index and len(spec.shape) == 2 and not as_it_lies and spec.shape[1] % BLOCK == 0:
@@ -47,8 +49,13 @@ class PackedTensors:
                 self.specs.append(TensorSpec(spec.name, (rows, width // 2), torch.uint8, spec.layer))
                 self.specs.append(TensorSpec(absmax, (rows, width // BLOCK), torch.float32, spec.layer))
                 self._rearranged.append((spec, spec.name, absmax))
-            elif absmax in index or scale in index:
-                names = (spec.name, absmax if absmax in index else scale)
+            elif kept is not None and wanted != KERNEL_LAYOUT:
+                rows, width = spec.shape
+                self.specs.append(TensorSpec(spec.name, (rows, width // 2), torch.uint8, spec.layer))
+                self.specs.append(TensorSpec(kept, (rows, width // GGUF_BLOCK), torch.float16, spec.layer))
+                self._rearranged.append((spec, spec.name, kept))
+            elif kept is not None or absmax in index or scale in index:
+                names = (spec.name, kept or (absmax if absmax in index else scale))
                 self.specs += [TensorSpec(name, index[name].shape, index[name].dtype, spec.layer) for name in names]
             else:
                 self.specs.append(spec)
@@ -102,7 +109,9 @@ class _Rearrange:
         del target, model, config
         rows, columns = self._shape
         codes, scales = self._parts["codes"](), self._parts["scales"]()
-        if self._wanted == KERNEL_LAYOUT:
+        if scales.dtype is torch.float16:
+            made = gguf_layout(codes, scales, columns)
+        elif self._wanted == KERNEL_LAYOUT:
             made = kernel_layout_4bit(codes, scales, rows, columns)
         else:
             codes, scales = bitsandbytes_layout_4bit(codes, scales, columns)

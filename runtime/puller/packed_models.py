@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from common.model_key import ModelSettings, Quantization
+from runtime.checkpoint.quantized_shapes import KEPT_BLOCKS
 from runtime.errors import LoadFailed
 from runtime.models.model_state import Phase, Prepared
 from runtime.puller.cache import Cache, Held
@@ -19,6 +20,7 @@ from runtime.puller.sizing import DTYPE_BYTES, checkpoint_dtype, compute_dtype, 
 from runtime.types import Checkpoint
 
 _TOKENIZER_BYTES = 64 << 20
+_KEPT_SUFFIXES = tuple(f".{kind}" for kind in KEPT_BLOCKS.values())
 
 Packer = Callable[[PackRequest, PullJob], None]
 
@@ -105,11 +107,21 @@ class PackedModels:
     def _dequantised(
         self, request: PackRequest, identity: str, settings: ModelSettings, device: str
     ) -> Prepared | None:
-        """Return a GGUF file's unquantised pack if there is one: reading a GGUF file again takes much longer than quantising."""
+        """Return a GGUF file's unquantised pack if there is one: reading a GGUF file again takes much longer than quantising.
+
+        A pack that keeps some of the file's blocks is not what is quantised.
+        """
         if request.kind != CheckpointKind.GGUF.value or request.quantization is Quantization.NONE:
             return None
         plain = msgspec.structs.replace(settings, quantize=Quantization.NONE, double_quant=False)
-        return self.find(pack_key(identity, plain, device))
+        found = self.find(pack_key(identity, plain, device))
+        if found is None or found.checkpoint.packed_file is None:
+            return found
+        tensors = read_header(Path(found.checkpoint.packed_file)).tensors
+        if any(tensor.name.endswith(_KEPT_SUFFIXES) for tensor in tensors):
+            found.release()
+            return None
+        return found
 
     def _in_place(self, found: CheckpointSummary, pulled: Held | None, dtype: str, job: PullJob) -> Prepared:
         """Return the checkpoint in its own files. Only a tokenizer that has to be converted is packed."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import msgspec
 
 from common.model_key import ModelSettings, Quantization
-from runtime.checkpoint.quantized_shapes import is_layer_matrix, packed_bytes
+from runtime.checkpoint.quantized_shapes import KEPT_BLOCKS, is_layer_matrix, kept_bytes, packed_bytes
 
 DTYPE_BYTES = {
     "F64": 8,
@@ -138,18 +138,21 @@ def _is_divided(tensor: TensorShape) -> bool:
 def unpacking_of(
     geometry: Geometry, tensors: Sequence[TensorShape], settings: ModelSettings, device: str
 ) -> Unpacking | None:
-    """Return what unpacking quantised blocks costs; None for a checkpoint without any."""
+    """Return what unpacking quantised blocks costs; None for a checkpoint without any, and where most are kept as they are."""
     stored: Counter[str] = Counter()
     for tensor in tensors:
         stored[tensor.blocks] += tensor.stored_bytes
     quantised = {blocks: size for blocks, size in stored.items() if blocks not in ("", *_FLOATS)}
     if not quantised:
         return None
+    blocks = max(quantised, key=quantised.__getitem__)
+    if settings.quantize is Quantization.NONE and blocks in KEPT_BLOCKS:
+        return None
     nf4_bytes = 0
     if settings.quantize is Quantization.NONE:
         as_nf4 = msgspec.structs.replace(settings, quantize=Quantization.NF4)
         nf4_bytes = needs_of(geometry, tensors, as_nf4, device).weight_bytes
-    return Unpacking(max(quantised, key=quantised.__getitem__), stored.total(), nf4_bytes)
+    return Unpacking(blocks, stored.total(), nf4_bytes)
 
 
 def compute_dtype(wanted: str, checkpoint: str, device: str) -> str:
@@ -165,11 +168,16 @@ def compute_dtype(wanted: str, checkpoint: str, device: str) -> str:
 
 
 def tensor_bytes(tensor: TensorShape, quantize: Quantization, dtype_bytes: int) -> int:
-    """Return the bytes of one tensor in memory. Matrices of decoder layers are quantised; tensors that are quantised already keep their size."""
+    """Return the bytes of one tensor in memory.
+
+    Matrices of decoder layers are quantised; tensors that are quantised already, and GGUF blocks that the kernels read, keep their size.
+    """
     if tensor.dtype not in _FLOATS:
         return tensor.numel * DTYPE_BYTES.get(tensor.dtype, 1)
     packed = None
-    if quantize is not Quantization.NONE and is_layer_matrix(tensor.name, tensor.shape):
+    if quantize is Quantization.NONE:
+        packed = kept_bytes(tensor.name, tensor.shape, tensor.blocks)
+    elif is_layer_matrix(tensor.name, tensor.shape):
         packed = packed_bytes(tensor.shape, quantize)
     return tensor.numel * dtype_bytes if packed is None else packed
 

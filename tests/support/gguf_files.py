@@ -1,4 +1,4 @@
-"""Writes a tiny Llama as GGUF, as llama.cpp's converter does."""
+"""Writes a tiny Llama as GGUF, as llama.cpp's converter and its quantiser do."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType
 from tokenizers import pre_tokenizers
 from transformers import LlamaForCausalLM
 
@@ -25,8 +26,12 @@ def write_llama(
     extra: Sequence[str] = (),
     drop: str = "",
     change: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+    blocks: Callable[[str], GGMLQuantizationType] = lambda name: GGMLQuantizationType.F32,
 ) -> None:
-    """Write `model` to `path` in float32, without tensors whose names contain `drop`. `extra` are user-defined tokens after the special ones."""
+    """Write `model` to `path`, without tensors whose names contain `drop`.
+
+    `extra` are user-defined tokens after the special ones. `blocks` returns the type of a matrix by its name in the file.
+    """
     config = model.config
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -53,13 +58,27 @@ def write_llama(
         found = names.get_name(name.removesuffix(".weight"))
         assert found is not None
         if not drop or drop not in found:
-            writer.add_tensor(
-                f"{found}.weight", _permuted(found, tensor, config.num_attention_heads, config.num_key_value_heads)
-            )
+            weights = _permuted(found, tensor, config.num_attention_heads, config.num_key_value_heads)
+            kind = blocks(found) if weights.ndim == 2 else GGMLQuantizationType.F32
+            writer.add_tensor(f"{found}.weight", in_blocks(weights, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def in_blocks(weights: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """Return the rows of `weights` as bytes of a block type. gguf itself cannot quantise to IQ4_NL."""
+    if kind is not GGMLQuantizationType.IQ4_NL:
+        blocks: np.ndarray = gguf.quantize(weights, kind)
+        return blocks
+    rows = weights.reshape(len(weights), -1, 32).astype(np.float32)
+    scales = (np.abs(rows).max(-1, keepdims=True) / 113).astype(np.float16)
+    table = np.array(gguf.quants.IQ4_NL.kvalues, np.float32)
+    codes = np.abs((rows / scales.astype(np.float32))[..., None] - table).argmin(-1).astype(np.uint8)
+    packed = codes[..., :16] | codes[..., 16:] << 4
+    made: np.ndarray = np.concatenate((scales.view(np.uint8), packed), -1).reshape(len(weights), -1)
+    return made
 
 
 def _permuted(name: str, tensor: torch.Tensor, num_heads: int, num_kv_heads: int) -> np.ndarray:

@@ -1,13 +1,14 @@
-"""Defines the 4-bit data types: the 16 values that the codes of NF4 and FP4 stand for."""
+"""Defines the 4-bit data types: the 16 values that the codes of NF4, FP4 and two of GGUF's block types stand for."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
 
-Codebook = Literal["nf4", "fp4"]
+Codebook = Literal["nf4", "fp4", "q4_0", "iq4_nl"]
 
 # bitsandbytes' tables. NF4: quantiles of a normal distribution. FP4: floats with a sign bit, two exponent bits and one
-# mantissa bit.
+# mantissa bit. ggml's tables: Q4_0 has integers, IQ4_NL integers that lie closer around zero. All of them are exact in
+# bfloat16 and float16.
 _CODES: Mapping[Codebook, tuple[float, ...]] = MappingProxyType(
     {
         "nf4": (
@@ -46,10 +47,29 @@ _CODES: Mapping[Codebook, tuple[float, ...]] = MappingProxyType(
             -0.1666666666667,
             -0.25,
         ),
+        "q4_0": tuple(float(code - 8) for code in range(16)),
+        "iq4_nl": (
+            -127.0,
+            -104.0,
+            -83.0,
+            -65.0,
+            -49.0,
+            -35.0,
+            -22.0,
+            -10.0,
+            1.0,
+            13.0,
+            25.0,
+            38.0,
+            53.0,
+            69.0,
+            89.0,
+            113.0,
+        ),
     }
 )
 
 
 def codebook_values(codebook: Codebook) -> tuple[float, ...]:
-    """Return the value of each of the 16 codes, relative to the block's absmax."""
+    """Return the value of each of the 16 codes, relative to the scale of its block."""
     return _CODES[codebook]

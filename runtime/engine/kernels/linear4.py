@@ -1,5 +1,5 @@
-"""Computes x · Wᵀ with W in 4 bits (NF4 or FP4, one absmax per 64 elements), in the layout of
-`checkpoint/layout_4bit.py`.
+"""Computes x · Wᵀ with W in 4 bits (NF4 or FP4 with one float32 absmax per 64 elements, or GGUF's Q4_0 or IQ4_NL with one
+float16 scale per 32), in the layout of `checkpoint/layout_4bit.py`.
 
 The path on a GPU depends on the rows M of x. Up to a few hundred rows, fused kernels dequantise the weights on their
 way to the matrix unit (`gpu/linear4.py` chooses between them). Above that, the weight is dequantised into scratch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from runtime.checkpoint.layout_4bit import codes_4bit
-from runtime.checkpoint.quantized_shapes import BLOCK
+from runtime.checkpoint.quantized_shapes import BLOCK, padded_width
 from runtime.engine.kernels.activation import Activation, act_mul
 from runtime.engine.kernels.codebooks import Codebook, codebook_values
 from runtime.engine.kernels.scratch import Scratch
@@ -30,8 +30,9 @@ def linear_4bit(
     """Return x · Wᵀ + bias [..., N] in the type of `x` [..., K], for a 4-bit weight and `bias` [N].
 
     With `gate`, the rows of the weight are those of gate, then those of up, and the result is act(gate) × up [..., N/2].
-    `weight` uint8 [N, P/2] and `absmax` float32 [N, P/64] are as `kernel_layout_4bit` returns them. If K is not a
-    multiple of 64 they are 1-D, and the weight is dequantised at every call. With `out` and `scratch`, nothing is
+    `weight` uint8 [N, P/2] and `absmax` float32 [N, P/64] are as `kernel_layout_4bit` returns them, or with float16
+    scales [N, P/32] as `kernel_layout_gguf` does. If K is not a multiple of 64 those of bitsandbytes are 1-D, and the
+    weight is dequantised at every call. With `out` and `scratch`, nothing is
     allocated for up to 128 rows, nor for more rows if `staging` holds a part of the weight in x's type.
     """
     if out is None:
@@ -82,9 +83,9 @@ def dequantize_4bit_torch(
     values = torch.tensor(codebook_values(codebook), dtype=torch.float32, device=weight.device)
     if weight.dim() == 2:
         wide = values[codes_4bit(weight, in_features).int()]
-        return (
-            (wide.view(wide.shape[0], -1, BLOCK) * absmax[:, : in_features // BLOCK, None]).view(wide.shape).to(dtype)
-        )
+        block = padded_width(in_features) // absmax.shape[1]
+        scales = absmax[:, : in_features // block, None].float()
+        return (wide.view(wide.shape[0], -1, block) * scales).view(wide.shape).to(dtype)
     codes = torch.stack((weight >> 4, weight & 15), dim=-1).reshape(-1)
     wide = values[codes.int()] * absmax.repeat_interleave(BLOCK)[: codes.numel()]
     return wide.view(-1, in_features).to(dtype)

@@ -1,4 +1,4 @@
-"""Reads a GGUF file as a transformers configuration and its dequantised weights by the module's names.
+"""Reads a GGUF file as a transformers configuration and its weights by the module's names, dequantised or as the blocks that kernels read.
 
 transformers' own loader logs what it skips and fills gaps with random numbers, and it builds the table of tensor names once per module. Its
 conversions of single tensors are used here, under a check that every tensor of the file has a name in the module.
@@ -11,11 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from runtime.checkpoint.layout_4bit import kernel_layout_gguf
 from runtime.checkpoint.meta_model import tied_names
+from runtime.checkpoint.quantized_shapes import KEPT_BLOCKS, kept_shapes
 from runtime.errors import LoadFailed
 from runtime.puller.gguf_index import GgufIndex
 from runtime.puller.pack.gguf_rope import scaled_rope
 from runtime.puller.pack.gguf_rules import check_index
+from runtime.puller.pack.quantize import Matrix
+from runtime.puller.pack.tensors import quantizable
 
 _ROPE_DIVISORS = "rope_freqs.weight"
 _SHOWN_NAMES = 5
@@ -50,15 +54,26 @@ def read_gguf_config(reader: Any, index: GgufIndex, path: Path) -> Any:
     return config
 
 
-def read_gguf_weights(reader: Any, model: nn.Module, architecture: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return all tensors by the module's names, which `check_gguf_names` has checked. Raises LoadFailed for two that should be equal."""
+def read_gguf_weights(
+    reader: Any, model: nn.Module, architecture: str, dtype: torch.dtype, *, keep_blocks: bool
+) -> dict[str, Tensor | Matrix]:
+    """Return all tensors by the module's names, which `check_gguf_names` has checked. Raises LoadFailed for two that should be equal.
+
+    With `keep_blocks`, the linear layers' weights whose block type the kernels read are returned as they are stored.
+    """
     from gguf import dequantize
 
     processor = _processor(model, architecture)
     mapping = _names(model, architecture, processor)
+    keeping = {f"{module}.weight" for module in quantizable(model)} if keep_blocks else set()
+    kept: dict[str, Tensor | Matrix] = {}
     parsed: dict[str, dict[str, Tensor]] = {"tensors": {}}
     for stored in reader.tensors:
         if stored.name == _ROPE_DIVISORS:
+            continue
+        target = mapping.get(stored.name, "")
+        if target in keeping and (matrix := _kept_blocks(stored, processor, mapping)) is not None:
+            kept[target] = matrix
             continue
         weights = dequantize(stored.data, stored.tensor_type)
         made = processor.process(
@@ -72,7 +87,45 @@ def read_gguf_weights(reader: Any, model: nn.Module, architecture: str, dtype: t
             raise LoadFailed(f"the GGUF file has different weights for {alias} and {owner}, which the model shares")
         if alias in tensors:
             tensors.setdefault(owner, tensors[alias])
-    return tensors
+    return {**tensors, **kept}
+
+
+def _kept_blocks(stored: Any, processor: Any, mapping: dict[str, str]) -> Matrix | None:
+    """Return a matrix in the kernels' layout; None if its block type is not kept, or if the model wants more than its rows in another order."""
+    kind = KEPT_BLOCKS.get(stored.tensor_type.name)
+    shape = tuple(int(size) for size in stored.shape[::-1])
+    if kind is None or len(shape) != 2 or kept_shapes((shape[0], shape[1])) is None:
+        return None
+    order = _row_order(processor, stored.name, mapping, shape)
+    if order is None:
+        return None
+    rows = torch.from_numpy(stored.data.reshape(shape[0], -1)[order])
+    weight, scales = kernel_layout_gguf(rows)
+    return Matrix(weight, kind, scales)
+
+
+def _row_order(processor: Any, name: str, mapping: dict[str, str], shape: tuple[int, ...]) -> np.ndarray | None:
+    """Return the stored row of each row that the model wants; None if it wants anything but these rows.
+
+    transformers' conversion of the tensor is applied to the numbers of its rows and to those of its columns.
+    """
+    made = []
+    for axis, size in enumerate(shape):
+        numbers = np.arange(size).reshape((-1, 1) if axis == 0 else (1, -1))
+        probe = np.broadcast_to(numbers, shape)
+        result = processor.process(
+            weights=probe, name=name, tensor_key_mapping=mapping, parsed_parameters={"tensors": {}}
+        )
+        if result.name is None or mapping.get(result.name) != mapping[name] or result.weights.shape != shape:
+            return None
+        made.append(result.weights)
+    rows, columns = made
+    order: np.ndarray = rows[:, 0]
+    is_order = np.array_equal(np.sort(order), np.arange(shape[0])) and np.array_equal(columns[0], np.arange(shape[1]))
+    is_whole = np.array_equal(rows, np.broadcast_to(order[:, None], shape))
+    if not is_order or not is_whole or not np.array_equal(columns, np.broadcast_to(columns[0], shape)):
+        return None
+    return order
 
 
 def check_gguf_names(reader: Any, model: nn.Module, architecture: str) -> None:

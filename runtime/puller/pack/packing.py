@@ -61,7 +61,7 @@ def pack(request: PackRequest, say: Say) -> int:
     """Fill `request.out_dir`; returns the packed file's bytes. Raises LoadFailed, OSError."""
     out_dir = Path(request.out_dir)
     model_dir = Path(request.model_dir)
-    whole: dict[str, Tensor] | None = None
+    whole: dict[str, Tensor | Matrix] | None = None
     if request.kind == "gguf":
         whole = _read_gguf(request, out_dir, say)
     else:
@@ -79,21 +79,31 @@ def pack(request: PackRequest, say: Say) -> int:
 
 
 def _pack_weights(
-    request: PackRequest, card: ModelConfig, whole: dict[str, Tensor] | None, path: Path, say: Say
+    request: PackRequest, card: ModelConfig, whole: dict[str, Tensor | Matrix] | None, path: Path, say: Say
 ) -> int:
     if whole is None:
         check_sizes(card, len(read_index(request.weight_files)))
     skeleton = build_skeleton(card.model_class, copy.deepcopy(card.config), "eager")
     specs = stored_specs(skeleton, card.dtype, card.num_layers)
     tensors: Tensors
+    kept: dict[str, Matrix] = {}
     if whole is not None:
         tensors = InMemory(whole)
+        kept = {name: matrix for name, matrix in whole.items() if isinstance(matrix, Matrix)}
         serialised: set[str] = set()
     else:
         from_files = FromFiles(skeleton, specs, request.weight_files, tied_names(skeleton), _fp8_block(request))
         tensors, serialised = from_files, from_files.serialised
     chosen = _chosen(request, skeleton, specs, serialised)
-    entries = [entry for spec in specs for entry in _entries(spec, request.quantization, spec.name in chosen)]
+    entries = [
+        entry
+        for spec in specs
+        for entry in (
+            _kept_entries(spec.name, kept[spec.name])
+            if spec.name in kept
+            else _entries(spec, request.quantization, spec.name in chosen)
+        )
+    ]
     metadata = {
         "quantization": request.quantization.value,
         "double_quant": str(request.double_quant).lower(),
@@ -194,6 +204,11 @@ def _entries(spec: TensorSpec, quantization: Quantization, chosen: bool) -> list
     return [Entry(spec.name, _CODES[spec.dtype], spec.shape, spec.size_bytes)]
 
 
+def _kept_entries(name: str, matrix: Matrix) -> list[Entry]:
+    tensors = {name: matrix.weight, f"{name.rpartition('.')[0]}.{matrix.scale_name}": matrix.scale}
+    return [Entry(key, _CODES[one.dtype], tuple(one.shape), one.nbytes) for key, one in tensors.items()]
+
+
 def _made(tensor: Tensor | Matrix, spec: TensorSpec, request: PackRequest, chosen: bool) -> list[tuple[str, Tensor]]:
     if isinstance(tensor, Tensor):
         if tuple(tensor.shape) != spec.shape:
@@ -238,7 +253,7 @@ def _two(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], shape[1]) if len(shape) == 2 else (1, 1)
 
 
-def _read_gguf(request: PackRequest, out_dir: Path, say: Say) -> dict[str, Tensor]:
+def _read_gguf(request: PackRequest, out_dir: Path, say: Say) -> dict[str, Tensor | Matrix]:
     """Write the file's configuration and tokenizer to `out_dir` and return its weights, none if they are not to be packed."""
     from gguf import GGUFReader
 
@@ -260,14 +275,16 @@ def _read_gguf(request: PackRequest, out_dir: Path, say: Say) -> dict[str, Tenso
         if not request.pack_weights:
             return {}
         say(PackProgress(0, 0, f"dequantising {path.name}"))
-        return read_gguf_weights(reader, model, index.architecture, card.dtype)
+        return read_gguf_weights(
+            reader, model, index.architecture, card.dtype, keep_blocks=request.quantization is Quantization.NONE
+        )
     except (LoadFailed, MemoryError):
         raise
     except Exception as error:  # the readers raise whatever a file of foreign make leads them to
         raise LoadFailed(f"{path.name} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _read_pickles(request: PackRequest) -> dict[str, Tensor]:
+def _read_pickles(request: PackRequest) -> dict[str, Tensor | Matrix]:
     """Load pickled weights by way of transformers. Raises LoadFailed naming tensors that are missing or unexpected."""
     from transformers import AutoModelForCausalLM
 
@@ -290,5 +307,5 @@ def _read_pickles(request: PackRequest) -> dict[str, Tensor]:
             raise LoadFailed(
                 f"{Path(request.weight_files[0]).name} has {what} tensors for {type(model).__name__}: {', '.join(names[:5])}"
             )
-    weights: dict[str, Tensor] = model.state_dict()
+    weights: dict[str, Tensor | Matrix] = dict(model.state_dict())
     return weights

@@ -20,7 +20,7 @@ from runtime.errors import LoadFailed
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A quantised matrix. `scale_name` is absmax (4 bit) or scale (int8, fp8)."""
+    """A quantised matrix. `scale_name` is absmax (4 bit), scale (int8, fp8), or the type of GGUF blocks that are kept."""
 
     weight: Tensor
     scale_name: str

@@ -36,7 +36,7 @@ class Tensors(Protocol):
 class InMemory:
     """Weights by the module's names."""
 
-    state: Mapping[str, Tensor]
+    state: Mapping[str, Tensor | Matrix]
 
     def take(self, spec: TensorSpec) -> Tensor | Matrix:
         tensor = self.state.get(spec.name)

@@ -1,11 +1,13 @@
 """A CPU's linears over quantised weights: the product with the numbers that bitsandbytes unpacks, whatever is unpacked at a time."""
 
+import gguf
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from runtime.checkpoint.fp8 import quantize_rows
-from runtime.engine.model.cpu.linear import CpuLinear4, CpuLinear8, CpuLinearFp8
+from runtime.engine.kernels.codebooks import Codebook
+from runtime.engine.model.cpu.linear import CpuLinear4, CpuLinear8, CpuLinearFp8, CpuLinearGguf
 
 # of float64's result; bf16's own rounding is 2^-9 of each number
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -37,6 +39,22 @@ def test_4bit(codebook: str, dtype: torch.dtype, biased: bool) -> None:
     for shape in [(1, 128), (50, 128), (2, 3, 128)]:
         x = torch.randn(shape).to(dtype)
         assert error(linear(x), x, dequantize_4bit(codes, state), bias) < TOLERANCE[dtype]
+
+
+@pytest.mark.usefixtures("part_elements")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("codebook", ["q4_0", "iq4_nl"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gguf(codebook: Codebook, dtype: torch.dtype, biased: bool) -> None:
+    torch.manual_seed(0)
+    scales, codes = torch.randn(37, 3, 1).half(), torch.randint(0, 256, (37, 3, 16), dtype=torch.uint8)
+    bias = torch.randn(37).to(dtype) if biased else None
+    stored = torch.cat((scales.view(torch.uint8), codes), -1).flatten(1).numpy()
+    wide = torch.from_numpy(gguf.dequantize(stored, gguf.GGMLQuantizationType[codebook.upper()]))
+    linear = CpuLinearGguf(codes.flatten(1), scales.flatten(1), codebook, bias)
+    for shape in [(1, 96), (50, 96), (2, 3, 96)]:
+        x = torch.randn(shape).to(dtype)
+        assert error(linear(x), x, wide, bias) < TOLERANCE[dtype]
 
 
 @pytest.mark.usefixtures("part_elements")

@@ -41,10 +41,11 @@ def linear_4bit(
     num_rows, num_outputs = rows.shape[0], weight.shape[0]
     if num_rows == 0:
         return
+    in_cuda = scales_per_group(weight, absmax) == 2  # Blocks of 32 elements are computed in Triton only.
     if (
-        cut := linear4_wgmma.choose(num_rows, num_outputs, _processors(x.device))
-    ) is not None and linear4_wgmma.linear_4bit(
-        rows, weight, absmax, codebook, bias, out.view(num_rows, -1), scratch, cut, gate
+        in_cuda
+        and (cut := linear4_wgmma.choose(num_rows, num_outputs, _processors(x.device))) is not None
+        and linear4_wgmma.linear_4bit(rows, weight, absmax, codebook, bias, out.view(num_rows, -1), scratch, cut, gate)
     ):
         return
     if gate is not None:
@@ -53,8 +54,10 @@ def linear_4bit(
         act_mul(both, gate, out)
         return
     result = out.view(num_rows, num_outputs)
-    if num_rows <= linear4_cuda.MAX_ROWS and linear4_cuda.linear_4bit(
-        rows, weight, absmax, codebook, bias, result, scratch
+    if (
+        in_cuda
+        and num_rows <= linear4_cuda.MAX_ROWS
+        and linear4_cuda.linear_4bit(rows, weight, absmax, codebook, bias, result, scratch)
     ):
         return
     if num_rows > max_fused_rows(weight.shape[0], in_features):
@@ -66,6 +69,11 @@ def linear_4bit(
 @functools.cache
 def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else _PROCESSORS
+
+
+def scales_per_group(weight: Tensor, absmax: Tensor) -> int:
+    """Return the number of scales for 128 elements: 2 of bitsandbytes' blocks, 4 of GGUF's."""
+    return absmax.shape[1] * BLOCK // weight.shape[1]
 
 
 def warm(device: torch.device) -> None:
@@ -149,6 +157,7 @@ def launch_fused(
         HAS_BIAS=bias is not None,
         SPLIT=splits > 1,
         SCALE_SUMS=scale_sums or rows.element_size() == 4,
+        SCALES=scales_per_group(weight, absmax),
         EVEN_N=num_outputs % block_n == 0,
         PADDED=in_features % GROUP != 0,
         BLOCK_M=block_m,
@@ -177,6 +186,7 @@ def dequantize_4bit(weight: Tensor, absmax: Tensor, codebook: Codebook, out: Ten
         num_groups,
         ASM=asm,
         WIDE=asm == "",
+        SCALES=scales_per_group(weight, absmax),
         BLOCK_N=block_n,
         num_warps=4,
     )

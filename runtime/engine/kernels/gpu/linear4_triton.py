@@ -1,8 +1,8 @@
 """The 4-bit linear and dequantisation in Triton.
 
 The fused kernel computes W · xᵀ, so that weights, unpacked in registers, are the first operand of the matrix unit. A
-tile of words [BLOCK_N, 16] yields eight operands [BLOCK_N, 16], four per absmax block. At few rows the sums are scaled,
-at more rows the weights as they are unpacked.
+tile of words [BLOCK_N, 16] yields eight operands [BLOCK_N, 16], four per block of 64 elements or two per block of 32. At
+few rows the sums are scaled, at more rows the weights as they are unpacked.
 
 Unpacking must cost less time than the smaller weights save, which leaves two or three integer instructions per weight.
 `lookup_asm` uses byte permutes. A permute selects four bytes out of eight by four 3-bit indices. Two permutes, and a
@@ -134,6 +134,7 @@ def linear4_kernel(
     HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
     SCALE_SUMS: tl.constexpr,
+    SCALES: tl.constexpr,
     EVEN_N: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -154,20 +155,29 @@ def linear4_kernel(
     words_k = tl.arange(0, 16)
     safe_n = rows_n if EVEN_N else tl.where(mask_n, rows_n, 0)
     w_ptrs = words_ptr + safe_n.to(tl.int64)[:, None] * (num_groups * 16) + group * 16 + words_k[None, :]
-    s_ptrs = absmax_ptr + safe_n.to(tl.int64) * (num_groups * 2) + group * 2
+    s_ptrs = absmax_ptr + safe_n.to(tl.int64) * (num_groups * SCALES) + group * SCALES
     x_ptrs = x_ptr + rows_m.to(tl.int64)[None, :] * x_stride + group * 128 + words_k[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     next_s0 = tl.load(s_ptrs)
     next_s1 = tl.load(s_ptrs + 1)
+    if SCALES == 4:
+        next_s2 = tl.load(s_ptrs + 2)
+        next_s3 = tl.load(s_ptrs + 3)
     pdl.wait(PDL)
     for g in range(group, last_group):
         words = tl.load(w_ptrs)
-        s0 = next_s0[:, None]
-        s1 = next_s1[:, None]
+        s0 = next_s0.to(tl.float32)[:, None]
+        s1 = next_s1.to(tl.float32)[:, None]
+        if SCALES == 4:
+            s2 = next_s2.to(tl.float32)[:, None]
+            s3 = next_s3.to(tl.float32)[:, None]
         # The compiler pipelines the operands of a product but not the scales, so these are fetched one iteration ahead.
-        s_ptrs += 2
+        s_ptrs += SCALES
         next_s0 = tl.load(s_ptrs, mask=g + 1 < last_group, other=0.0)
         next_s1 = tl.load(s_ptrs + 1, mask=g + 1 < last_group, other=0.0)
+        if SCALES == 4:
+            next_s2 = tl.load(s_ptrs + 2, mask=g + 1 < last_group, other=0.0)
+            next_s3 = tl.load(s_ptrs + 3, mask=g + 1 < last_group, other=0.0)
         k = g * 128
         x0 = _load_x(x_ptrs, mask_m, k, K, 0, PADDED)
         x1 = _load_x(x_ptrs, mask_m, k, K, 1, PADDED)
@@ -178,7 +188,12 @@ def linear4_kernel(
         x6 = _load_x(x_ptrs, mask_m, k, K, 6, PADDED)
         x7 = _load_x(x_ptrs, mask_m, k, K, 7, PADDED)
         c0, c1, c2, c3, c4, c5, c6, c7 = _unpack(words, codes_ptr, ASM, WORK)
-        if SCALE_SUMS:
+        if SCALE_SUMS and SCALES == 4:
+            acc += dot_add(c1, x1, dot(c0, x0, PRECISION), PRECISION) * s0
+            acc += dot_add(c3, x3, dot(c2, x2, PRECISION), PRECISION) * s1
+            acc += dot_add(c5, x5, dot(c4, x4, PRECISION), PRECISION) * s2
+            acc += dot_add(c7, x7, dot(c6, x6, PRECISION), PRECISION) * s3
+        elif SCALE_SUMS:
             low = dot(c0, x0, PRECISION)
             low = dot_add(c1, x1, low, PRECISION)
             low = dot_add(c2, x2, low, PRECISION)
@@ -190,16 +205,19 @@ def linear4_kernel(
             acc += low * s0
             acc += high * s1
         else:
-            s0 = s0.to(WORK)
-            s1 = s1.to(WORK)
-            acc = dot_add(c0 * s0, x0, acc, PRECISION)
-            acc = dot_add(c1 * s0, x1, acc, PRECISION)
-            acc = dot_add(c2 * s0, x2, acc, PRECISION)
-            acc = dot_add(c3 * s0, x3, acc, PRECISION)
-            acc = dot_add(c4 * s1, x4, acc, PRECISION)
-            acc = dot_add(c5 * s1, x5, acc, PRECISION)
-            acc = dot_add(c6 * s1, x6, acc, PRECISION)
-            acc = dot_add(c7 * s1, x7, acc, PRECISION)
+            # One scale for each two of the eight operands.
+            if SCALES == 4:
+                p0, p1, p2, p3 = s0.to(WORK), s1.to(WORK), s2.to(WORK), s3.to(WORK)
+            else:
+                p0, p1, p2, p3 = s0.to(WORK), s0.to(WORK), s1.to(WORK), s1.to(WORK)
+            acc = dot_add(c0 * p0, x0, acc, PRECISION)
+            acc = dot_add(c1 * p0, x1, acc, PRECISION)
+            acc = dot_add(c2 * p1, x2, acc, PRECISION)
+            acc = dot_add(c3 * p1, x3, acc, PRECISION)
+            acc = dot_add(c4 * p2, x4, acc, PRECISION)
+            acc = dot_add(c5 * p2, x5, acc, PRECISION)
+            acc = dot_add(c6 * p3, x6, acc, PRECISION)
+            acc = dot_add(c7 * p3, x7, acc, PRECISION)
         w_ptrs += 16
         x_ptrs += 128
     mask = mask_n[:, None] & mask_m[None, :]
@@ -227,7 +245,8 @@ def linear4_kernel(
 @triton.jit
 def _store_values(out_ptr, values, scale, rows, k, mask_n, K, DTYPE: tl.constexpr):
     mask = mask_n[:, None] & (k < K)[None, :]
-    tl.store(out_ptr + rows[:, None] * K + k[None, :], (values.to(tl.float32) * scale[:, None]).to(DTYPE), mask=mask)
+    scaled = values.to(tl.float32) * scale.to(tl.float32)[:, None]
+    tl.store(out_ptr + rows[:, None] * K + k[None, :], scaled.to(DTYPE), mask=mask)
 
 
 @triton.jit
@@ -241,6 +260,7 @@ def dequantize_kernel(
     num_groups,
     ASM: tl.constexpr,
     WIDE: tl.constexpr,
+    SCALES: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
@@ -253,15 +273,18 @@ def dequantize_kernel(
     words = tl.load(
         words_ptr + rows[:, None] * (num_groups * 16) + (group * 16 + cols)[None, :], mask=mask_n[:, None], other=0
     )
-    s0 = tl.load(absmax_ptr + rows * (num_groups * 2) + group * 2, mask=mask_n, other=0.0)
-    s1 = tl.load(absmax_ptr + rows * (num_groups * 2) + group * 2 + 1, mask=mask_n, other=0.0)
+    s_ptrs = absmax_ptr + rows * (num_groups * SCALES) + group * SCALES
+    s0 = tl.load(s_ptrs, mask=mask_n, other=0.0)
+    s1 = tl.load(s_ptrs + SCALES // 4, mask=mask_n, other=0.0)
+    s2 = tl.load(s_ptrs + SCALES // 2, mask=mask_n, other=0.0)
+    s3 = tl.load(s_ptrs + SCALES - 1, mask=mask_n, other=0.0)
     c0, c1, c2, c3, c4, c5, c6, c7 = _unpack(words, codes_ptr, ASM, WORK)
     k = group * 128 + cols
     _store_values(out_ptr, c0, s0, rows, k, mask_n, K, DTYPE)
     _store_values(out_ptr, c1, s0, rows, k + 16, mask_n, K, DTYPE)
-    _store_values(out_ptr, c2, s0, rows, k + 32, mask_n, K, DTYPE)
-    _store_values(out_ptr, c3, s0, rows, k + 48, mask_n, K, DTYPE)
-    _store_values(out_ptr, c4, s1, rows, k + 64, mask_n, K, DTYPE)
-    _store_values(out_ptr, c5, s1, rows, k + 80, mask_n, K, DTYPE)
-    _store_values(out_ptr, c6, s1, rows, k + 96, mask_n, K, DTYPE)
-    _store_values(out_ptr, c7, s1, rows, k + 112, mask_n, K, DTYPE)
+    _store_values(out_ptr, c2, s1, rows, k + 32, mask_n, K, DTYPE)
+    _store_values(out_ptr, c3, s1, rows, k + 48, mask_n, K, DTYPE)
+    _store_values(out_ptr, c4, s2, rows, k + 64, mask_n, K, DTYPE)
+    _store_values(out_ptr, c5, s2, rows, k + 80, mask_n, K, DTYPE)
+    _store_values(out_ptr, c6, s3, rows, k + 96, mask_n, K, DTYPE)
+    _store_values(out_ptr, c7, s3, rows, k + 112, mask_n, K, DTYPE)

@@ -18,6 +18,7 @@ from runtime.checkpoint.model_config import ModelConfig, check_sizes, read_card
 from runtime.checkpoint.name_mapping import resolve
 from runtime.checkpoint.packed import Layout4Bit, PackedTensors
 from runtime.checkpoint.packed_adapter import ChannelsOf, adapter_targets, all_channels
+from runtime.checkpoint.quantized_shapes import SCALE_NAMES
 from runtime.checkpoint.safetensors_index import StoredTensor, read_index, read_metadata
 from runtime.checkpoint.weight_layout import Join, Placed, TensorSpec, WeightLayout, lay_out
 from runtime.engine.adapters.bank import AdapterBank
@@ -131,7 +132,7 @@ def _draw(
     channels_of: ChannelsOf = all_channels
     head: HeadPart | None = None
     if shard.size > 1:
-        quantised = {name.rpartition(".")[0] for name in index if name.endswith((".absmax", ".scale"))}
+        quantised = {name.rpartition(".")[0] for name in index if name.rpartition(".")[2] in SCALE_NAMES}
         skeleton = _skeleton(card, shard_config(card.config, shard), index)
         cuts = _cuts(source, skeleton, verdict, shard)
         specs, resolution = cut_tensors(specs, resolution, cuts, quantised)
@@ -141,7 +142,7 @@ def _draw(
             head = HeadPart(*shard.slice_of(num_tokens), num_tokens)
     spec, joins, reason = _choose(skeleton, specs, verdict)
     layout = lay_out(specs, joins, card.num_layers, min_group_bytes)
-    ordered = _in_order(host_order, layout, _products(skeleton, spec)) if host_order is not None else {}
+    ordered = _in_order(host_order, layout, _products(skeleton, spec, layout)) if host_order is not None else {}
     return Blueprint(
         card=card,
         skeleton=skeleton,
@@ -277,20 +278,17 @@ def _choose(skeleton: Any, specs: Sequence[TensorSpec], verdict: Verdict) -> tup
         spec = match_stack(skeleton, verdict.interleaved)
     except NoMatchError as error:
         return None, [], str(error)
-    by_name = {tensor.name: tensor for tensor in specs}
-    joins = spec.joins(set(by_name))
-    for join in joins:
-        if len({(by_name[name].dtype, by_name[name].shape[1:]) for name in join.members}) > 1:
-            return None, [], f"{', '.join(join.members)} are stored with different types or shapes"
-    return spec, joins, ""
+    return spec, spec.joins({tensor.name: tensor for tensor in specs}), ""
 
 
-def _products(skeleton: nn.Module, spec: StackSpec | None) -> set[str]:
+def _products(skeleton: nn.Module, spec: StackSpec | None, layout: WeightLayout) -> set[str]:
     """Return the names of the matrices that only matrix products read."""
     if spec is None:
         names = {f"{name}.weight" for name, module in skeleton.named_modules() if type(module) is nn.Linear}
     else:
-        layers = {ref.name for layer in spec.layers for ref in (layer.qkv, layer.out, layer.gate_up, layer.down)}
+        joined = {tensor.name for tensor in layout.joined}
+        refs = (ref for layer in spec.layers for ref in (layer.qkv, layer.out, layer.gate_up, layer.down))
+        layers = {name for ref in refs for name in ((ref.name,) if f"{ref.name}.weight" in joined else ref.members)}
         names = {f"{name}.weight" for name in {*layers, spec.lm_head}}
     aliases = tied_names(skeleton)
     return names - aliases.keys() - set(aliases.values())

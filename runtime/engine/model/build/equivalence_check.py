@@ -137,7 +137,7 @@ class EquivalenceChecker:
 def fused_from_module(model: nn.Module, spec: StackSpec) -> FusedStack:
     """Return a fused stack over a real module's own tensors, concatenated where the spec joins them."""
     views: dict[str, Tensor] = dict(model.state_dict())
-    for join in spec.joins(set(views)):
+    for join in spec.joins(views):
         views[join.name] = torch.cat([views[name] for name in join.members])
     rotary = model.get_submodule(spec.rotary)
     return FusedStack(

@@ -21,6 +21,7 @@ import torch
 
 from common.model_key import Quantization
 from runtime.checkpoint.meta_model import tied_names
+from runtime.checkpoint.quantized_shapes import SCALE_NAMES
 from runtime.checkpoint.weight_layout import Placed
 from runtime.config.schema import EngineConfig
 from runtime.engine.grammar.interfaces import mask_words
@@ -277,7 +278,7 @@ def _twin(
 ) -> BuiltModel:
     """Return the model with one layer of each kind, all of whose weights view the same zeros."""
     assert blueprint.spec is not None
-    spec = replace(blueprint.spec, layers=_kinds(blueprint.spec.layers))
+    spec = replace(blueprint.spec, layers=_kinds(blueprint))
     placed = _used(blueprint, spec)
     zeros = shared_zeros(max(tensor.size_bytes for tensor in placed) + _SLACK_BYTES)
     device = zeros.device
@@ -310,11 +311,20 @@ def _twin(
     )
 
 
-def _kinds(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
-    """Return one layer of each kind."""
+def _kinds(blueprint: Blueprint) -> tuple[LayerSpec, ...]:
+    """Return one layer of each kind. Layers whose matrices are stored in different formats differ."""
+    assert blueprint.spec is not None
+    dtypes = {tensor.name: tensor.dtype for tensor in (*blueprint.layout.tensors, *blueprint.layout.joined)}
     found: dict[object, LayerSpec] = {}
-    for layer in layers:
-        found.setdefault((replace(layer.attention, layer=0), layer.rope, layer.rope_key), layer)
+    for layer in blueprint.spec.layers:
+        refs = (layer.qkv, layer.out, layer.gate_up, layer.down)
+        formats = tuple(
+            dtypes.get(f"{name}.{leaf}")
+            for ref in refs
+            for name in (ref.name, *ref.members)
+            for leaf in ("weight", *SCALE_NAMES)
+        )
+        found.setdefault((replace(layer.attention, layer=0), layer.rope, layer.rope_key, formats), layer)
     return tuple(found.values())
 
 
@@ -334,6 +344,6 @@ def _used(blueprint: Blueprint, spec: StackSpec) -> list[Placed]:
 def _key(blueprint: Blueprint, kv_dtype: torch.dtype) -> object:
     """Return a key that is equal for models that need the same kernels in the same sizes."""
     assert blueprint.spec is not None
-    spec = replace(blueprint.spec, layers=_kinds(blueprint.spec.layers))
+    spec = replace(blueprint.spec, layers=_kinds(blueprint))
     shapes = tuple((tensor.name, tensor.shape, tensor.dtype) for tensor in _used(blueprint, spec))
     return spec, shapes, kv_dtype, blueprint.quantization

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from runtime.checkpoint.quantized_shapes import GGUF_BLOCK
+from runtime.engine.kernels.codebooks import Codebook, codebook_values
 from runtime.engine.kernels.scratch import Scratch
 
 _BLOCK = 64
+_HALF_BLOCK = GGUF_BLOCK // 2
 # Elements that are unpacked at a time. A larger part would leave the cache and get fresh pages from the OS at every call.
 _PART_ELEMENTS = 1 << 21
 # Up to this number of rows torch's own int8 product is faster than unpacking in bf16: 3 times as fast at one row.
@@ -61,6 +64,32 @@ class CpuLinear4:
         state = self._state(self._absmax[first:last].view(-1), shape=shape, dtype=dtype)
         unpacked: Tensor = self._dequantize(self._weight[first:last].view(-1, 1), state)
         return unpacked
+
+
+class CpuLinearGguf:
+    """A linear layer with `weight` uint8 [N, K/2] and `scales` float16 [N, K/32] as GGUF's blocks of 32 elements hold them."""
+
+    def __init__(self, weight: Tensor, scales: Tensor, codebook: Codebook, bias: Tensor | None = None) -> None:
+        self._weight = weight.unflatten(1, (-1, _HALF_BLOCK))
+        self._scales = scales
+        self._bias = bias
+        # Integers in the order of their codes need no table.
+        self._table = None if codebook == "q4_0" else torch.tensor(codebook_values(codebook))
+
+    def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
+        shape = torch.Size((self._weight.shape[0], self._scales.shape[1] * GGUF_BLOCK))
+        return _multiply_unpacked(x, shape, self._unpack, self._bias)
+
+    def _unpack(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        codes = self._weight[first:last]
+        wide = torch.empty((*codes.shape[:2], 2, _HALF_BLOCK))
+        for half, part in enumerate((codes & 15, codes >> 4)):
+            if self._table is None:
+                torch.sub(part, 8.0, out=wide[:, :, half])
+            else:
+                wide[:, :, half] = self._table[part.int()]
+        wide.mul_(self._scales[first:last, :, None, None].float())
+        return wide.view(last - first, -1).to(dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,17 @@
 model families.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from runtime.checkpoint.weight_layout import Join
+from torch import Tensor
+
+from runtime.checkpoint.quantized_shapes import SCALE_NAMES
+from runtime.checkpoint.weight_layout import Join, TensorSpec
 from runtime.engine.kernels.activation import Activation
 from runtime.engine.model.run.step import AttentionSpec, RopeSpec
 
-_SUFFIXES = ("weight", "absmax", "scale", "bias")
+_SUFFIXES = ("weight", *SCALE_NAMES, "bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +26,20 @@ class LinearRef:
     def single(cls, name: str) -> "LinearRef":
         return cls(name, (name,))
 
-    def joins(self, stored: set[str]) -> list[Join]:
-        """Return the tensors that must be stored end to end, given the names of all stored tensors."""
+    def joins(self, stored: Mapping[str, TensorSpec | Tensor]) -> list[Join]:
+        """Return the tensors that must be stored end to end, given all stored tensors by name.
+
+        None if the members are stored in different formats, as in some GGUF files.
+        """
         if len(self.members) == 1:
             return []
         found = []
         for suffix in _SUFFIXES:
             names = tuple(f"{member}.{suffix}" for member in self.members)
-            if all(name in stored for name in names):
+            specs = [stored.get(name) for name in names]
+            if len({None if spec is None else (spec.dtype, spec.shape[1:]) for spec in specs}) > 1:
+                return []
+            if specs[0] is not None:
                 found.append(Join(f"{self.name}.{suffix}", names))
         return found
 
@@ -94,6 +104,6 @@ class StackSpec:
             for member in ref.members
         ]
 
-    def joins(self, stored: set[str]) -> list[Join]:
-        """Return the joins of all layers, given the names of all stored tensors."""
+    def joins(self, stored: Mapping[str, TensorSpec | Tensor]) -> list[Join]:
+        """Return the joins of all layers, given all stored tensors by name."""
         return [join for layer in self.layers for ref in (layer.qkv, layer.gate_up) for join in ref.joins(stored)]

@@ -21,7 +21,7 @@ from runtime.engine.model.run.adapters import AdapterSite, StepAdapters, Unexpan
 from runtime.engine.model.run.attention import attend, rope_write
 from runtime.engine.model.run.fused_spec import HeadPart, LayerSpec, LinearRef, StackSpec
 from runtime.engine.model.run.layer_inputs import gated, input_codes, normed, product
-from runtime.engine.model.run.linear import AllReduce, Linear, make_linear
+from runtime.engine.model.run.linear import AllReduce, Linear, SplitLinear, make_linear
 from runtime.engine.model.run.rope import RotaryTable
 from runtime.engine.model.run.step import StepContext
 
@@ -101,14 +101,19 @@ class FusedStack:
         def weight(name: str | None) -> Tensor | None:
             return None if name is None else views[f"{name}.weight"]
 
+        def linear(ref: LinearRef) -> Linear:
+            if f"{ref.name}.weight" in linears:
+                return make_linear(ref.name, linears, quantization)
+            return SplitLinear(tuple(make_linear(member, linears, quantization) for member in ref.members))
+
         self._layers = [
             _Layer(
                 spec=layer,
                 group=layer_groups[index + 1],
-                qkv=make_linear(layer.qkv.name, linears, quantization),
-                out=make_linear(layer.out.name, linears, quantization),
-                gate_up=make_linear(layer.gate_up.name, linears, quantization),
-                down=make_linear(layer.down.name, linears, quantization),
+                qkv=linear(layer.qkv),
+                out=linear(layer.out),
+                gate_up=linear(layer.gate_up),
+                down=linear(layer.down),
                 input_norm=views[f"{layer.input_norm}.weight"],
                 mlp_norm=views[f"{layer.mlp_norm}.weight"],
                 after_attention_norm=weight(layer.after_attention_norm),

@@ -2,19 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from common.model_key import Quantization
+from runtime.checkpoint.quantized_shapes import KEPT_BLOCKS
+from runtime.engine.kernels.codebooks import Codebook
 from runtime.engine.kernels.linear4 import linear_4bit, warm
 from runtime.engine.kernels.linear8 import linear_8bit
 from runtime.engine.kernels.linear16 import linear_16bit, serves
 from runtime.engine.kernels.quantized_rows import QuantizedRows
 from runtime.engine.kernels.scratch import Scratch
-from runtime.engine.model.cpu.linear import CpuLinear, CpuLinear4, CpuLinear8, CpuLinearFp8
+from runtime.engine.model.cpu.linear import CpuLinear, CpuLinear4, CpuLinear8, CpuLinearFp8, CpuLinearGguf
 from runtime.engine.model.run.adapters import AdapterSite, StepPort
 
 
@@ -39,11 +41,11 @@ class PlainLinear:
 
 @dataclass(frozen=True, slots=True)
 class Linear4:
-    """A 4-bit layer: `weight` uint8 [N, P/2], `absmax` float32 [N, P/64] in the kernels' layout (kernels.layout)."""
+    """A 4-bit layer: `weight` uint8 [N, P/2] and `absmax`, float32 [N, P/64] or float16 [N, P/32], in the kernels' layout."""
 
     weight: Tensor
     absmax: Tensor
-    codebook: Literal["nf4", "fp4"]
+    codebook: Codebook
     bias: Tensor | None = None
 
     def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
@@ -63,6 +65,16 @@ class Linear8:
 
     def __call__(self, x: Tensor | QuantizedRows, scratch: Scratch | None = None) -> Tensor:
         return linear_8bit(x, self.weight, self.scale, self.bias, scratch=scratch)
+
+
+@dataclass(frozen=True, slots=True)
+class SplitLinear:
+    """Several layers over the same input, whose weights are stored in different formats. Their outputs lie end to end."""
+
+    parts: tuple[Linear, ...]
+
+    def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
+        return torch.cat([part(x, scratch) for part in self.parts], -1)
 
 
 AllReduce = Callable[[Tensor], Tensor]
@@ -100,9 +112,12 @@ def make_linear(name: str, views: dict[str, Tensor], quantization: Quantization)
     weight, bias = views[f"{name}.weight"], views.get(f"{name}.bias")
     on_host = weight.device.type == "cpu"
     if (absmax := views.get(f"{name}.absmax")) is not None:
-        codebook: Literal["nf4", "fp4"] = "fp4" if quantization is Quantization.FP4 else "nf4"
+        codebook: Codebook = "fp4" if quantization is Quantization.FP4 else "nf4"
         warm(weight.device)
         return CpuLinear4(weight, absmax, codebook, bias) if on_host else Linear4(weight, absmax, codebook, bias)
+    for kept in KEPT_BLOCKS.values():
+        if (scales := views.get(f"{name}.{kept}")) is not None:
+            return CpuLinearGguf(weight, scales, kept, bias) if on_host else Linear4(weight, scales, kept, bias)
     scale = views.get(f"{name}.scale")
     if scale is not None and weight.dtype is torch.int8:
         return CpuLinear8(weight, scale, bias) if on_host else Linear8(weight, scale, bias)
