@@ -1,4 +1,4 @@
-"""The 16-bit linear in CUDA C++: that it compiles here; on a GPU, that it computes what the torch twin does."""
+"""The 16-bit linear in CUDA C++: that it compiles here, how work is cut; on a GPU, that it computes what the torch twin does."""
 
 import pathlib
 import shutil
@@ -9,7 +9,7 @@ import torch
 
 from runtime.engine.kernels import linear16
 from runtime.engine.kernels.activation import Activation
-from runtime.engine.kernels.gpu import few_rows, linear16_cuda, nvrtc
+from runtime.engine.kernels.gpu import linear16_cuda, nvrtc
 from runtime.engine.kernels.scratch import Scratch
 
 
@@ -23,7 +23,7 @@ def test_compiles_for_hopper_without_spills(
     if nvcc is None:
         pytest.skip("no nvcc")
     path = pathlib.Path(nvrtc.__file__).parent / linear16_cuda.SOURCE
-    defines = ["-DFP16=false", f"-DGATED={gated}", f"-DTILES={tiles}", f"-DHEIGHT={height}", f"-DSLABS={slabs}"]
+    defines = ["-DHALF=false", f"-DGATED={gated}", f"-DTILES={tiles}", f"-DHEIGHT={height}", f"-DSLABS={slabs}"]
     command = [
         nvcc,
         "-std=c++17",
@@ -46,6 +46,45 @@ def test_linear16_cuda_serves_nothing_without_a_gpu() -> None:
     out = torch.full((1, 2048), torch.nan, dtype=torch.bfloat16)
     assert not linear16_cuda.linear_16bit(x, torch.zeros(2048, 4096, dtype=torch.bfloat16), None, None, out, None)
     assert out.isnan().all()
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize(
+    ("num_outputs", "in_features", "gated", "splits"),
+    [
+        (6144, 4096, False, 1),
+        (4096, 4096, False, 2),
+        (14336, 4096, True, 1),
+        (4096, 14336, False, 2),
+        (3072, 2048, False, 1),
+        (2048, 2048, False, 4),
+        (8192, 2048, True, 1),
+        (2048, 8192, False, 4),
+    ],
+)
+def test_shares_are_even(num_outputs: int, in_features: int, gated: bool, splits: int, tiles: int) -> None:
+    how = linear16_cuda.cut(num_outputs, in_features, tiles, gated, 132)
+    assert how.splits == splits
+    blocks = -(-num_outputs // linear16_cuda.outputs_each(num_outputs, splits, 132)) * splits
+    assert blocks == 128
+
+
+@pytest.mark.parametrize("processors", [1, 7, 132])
+def test_linear16_cuda_cuts_fit(processors: int) -> None:
+    for num_outputs in (8, 1000, 4096, 16383, 100000):
+        for in_features in (256, 2048, 14336):
+            for tiles in (1, 2):
+                for gated in (False, True):
+                    how = linear16_cuda.cut(num_outputs, in_features, tiles, gated, processors)
+                    each = linear16_cuda.outputs_each(num_outputs, how.splits, processors)
+                    assert each % 8 == 0
+                    assert 1 <= how.splits <= max(1, in_features // 512)
+                    assert each * max(1, processors // how.splits) >= num_outputs
+                    bytes_of_rings = (how.stages * how.height * 16 + how.x_stages * tiles * 8) * 512
+                    assert (
+                        bytes_of_rings + 2 * 8 * tiles * 512 + 16 + (how.stages + how.x_stages) * 16
+                        <= nvrtc.SHARED_BYTES
+                    )
 
 
 def _case(
@@ -82,9 +121,13 @@ def _case(
 def test_equals_twin(
     device: torch.device, num_rows: int, num_outputs: int, in_features: int, gate: Activation | None, dtype: torch.dtype
 ) -> None:
-    cuts = [few_rows.cut(num_outputs, 2 * in_features, -(-num_rows // 8), gate is not None, 132)]
+    cuts = [linear16_cuda.cut(num_outputs, in_features, -(-num_rows // 8), gate is not None, 132)]
     if dtype is torch.bfloat16:  # what is compiled for one type is compiled for the other
-        cuts += [few_rows.Cut(4, 4, 3, 3, 2)] if gate else [few_rows.Cut(4, 2, 3, 3, 2), few_rows.Cut(2, 2, 2, 2, 1)]
+        cuts += (
+            [linear16_cuda.Cut(4, 4, 3, 3, 2)]
+            if gate
+            else [linear16_cuda.Cut(4, 2, 3, 3, 2), linear16_cuda.Cut(2, 2, 2, 2, 1)]
+        )
     if (
         device.type == "cpu"
         or linear16_cuda.module(device, dtype, gate is not None, -(-num_rows // 8), cuts[0]) is None
@@ -106,7 +149,7 @@ def test_equals_twin(
 
 
 def test_replays_in_a_graph(device: torch.device) -> None:
-    how = few_rows.cut(4096, 2 * 4096, 1, False, 132)
+    how = linear16_cuda.cut(4096, 4096, 1, False, 132)
     if device.type == "cpu" or linear16_cuda.module(device, torch.bfloat16, False, 1, how) is None:
         pytest.skip("needs a GPU that the kernel is made for")
     scratch = Scratch.allocate(device)

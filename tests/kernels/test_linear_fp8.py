@@ -5,7 +5,6 @@ import torch
 
 from runtime.checkpoint.fp8 import quantize_rows
 from runtime.engine.kernels import linear8
-from runtime.engine.kernels.activation import act_mul
 from runtime.engine.kernels.gpu import linear8 as gpu
 from runtime.engine.kernels.quantized_rows import QuantizedRows
 from runtime.engine.kernels.quantized_rows import quantize_rows as quantize_activations
@@ -44,23 +43,11 @@ def test_kernel_equals_twin(
     bias = torch.randn(num_outputs, device=device).to(dtype) if num_rows % 2 else None
     out = torch.full((num_rows, num_outputs), torch.nan, dtype=dtype, device=device)
     rows = quantize_activations(x, torch.float8_e4m3fn)
-    gpu.linear_8bit(rows, weight, scale, bias, None, out, Scratch.allocate(device))
+    gpu.linear_8bit(rows, weight, scale, bias, out, Scratch.allocate(device))
     twin = torch.empty_like(out)
-    linear8.linear_8bit_torch(rows, weight, scale, bias, None, twin)
+    linear8.linear_8bit_torch(rows, weight, scale, bias, twin)
     # The interpreter cuts bf16 off. The matrix unit sums e4m3 products with 14 bits.
     assert _relative_error(out, twin) < 6e-3
-
-
-def test_gate_is_the_activation_of_the_product(device: torch.device) -> None:
-    weight, scale = _weight(96, 512, device)
-    rows = quantize_activations(torch.randn(5, 512, device=device).to(torch.bfloat16), torch.float8_e4m3fn)
-    bias = torch.randn(96, device=device, dtype=torch.bfloat16)
-    gate_up, out, twin = (torch.empty(5, width, dtype=torch.bfloat16, device=device) for width in (96, 48, 48))
-    linear8.linear_8bit_torch(rows, weight, scale, bias, "silu", twin)
-    linear8.linear_8bit_torch(rows, weight, scale, bias, None, gate_up)
-    assert torch.equal(twin, act_mul(gate_up, "silu"))
-    gpu.linear_8bit(rows, weight, scale, bias, "silu", out, None)
-    assert _relative_error(out, twin) < 2e-2  # The interpreter cuts bf16 off.
 
 
 def test_linear_8bit_takes_quantised_rows_as_they_are() -> None:

@@ -1,7 +1,6 @@
 """The linear over int8 and e4m3 weights in Triton, which multiplies W · xᵀ in 8 bits.
 
-At few rows, `linear8_cuda.py` is tried first. Above MAX_ROWS rows torch's product of e4m3 matrices is faster
-(docs/benchmarks/linear.md).
+Above MAX_ROWS rows torch's product of e4m3 matrices is faster (docs/benchmarks/linear.md).
 """
 
 import torch
@@ -9,8 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.engine.kernels.activation import Activation, act_mul
-from runtime.engine.kernels.gpu import linear8_cuda, pdl
+from runtime.engine.kernels.gpu import pdl
 from runtime.engine.kernels.quantized_rows import QuantizedRows
 from runtime.engine.kernels.scratch import Scratch
 
@@ -98,23 +96,12 @@ def _linear8_kernel(
 
 
 def linear_8bit(
-    x: QuantizedRows,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    gate: Activation | None,
-    out: Tensor,
-    scratch: Scratch | None,
+    x: QuantizedRows, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, scratch: Scratch | None
 ) -> None:
     """See runtime.engine.kernels.linear8.linear_8bit."""
     num_outputs, in_features = weight.shape
     num_rows = len(x.codes)
-    if num_rows == 0 or linear8_cuda.linear_8bit(x, weight, scale, bias, gate, out, scratch):
-        return
-    if gate is not None:
-        gate_up = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=weight.device)
-        linear_8bit(x, weight, scale, bias, None, gate_up, scratch)
-        act_mul(gate_up, gate, out.view(num_rows, -1))
+    if num_rows == 0:
         return
     aligned = num_outputs % _MULTIPLE == 0 and in_features % _MULTIPLE == 0
     if weight.dtype is torch.int8:
