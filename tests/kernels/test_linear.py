@@ -196,8 +196,8 @@ def test_int8_kernel_equals_twin(
     ours, twin = x.new_full((2, num_rows, num_outputs), torch.nan)
     scratch = Scratch.allocate(device, partial_elements=1 << 18, num_counters=64)
     rows = quantize_rows(x, torch.int8)
-    gpu8.linear_8bit(rows, weight, scale, bias, ours, scratch)
-    linear8.linear_8bit_torch(rows, weight, scale, bias, twin)
+    gpu8.linear_8bit(rows, weight, scale, bias, None, ours, scratch)
+    linear8.linear_8bit_torch(rows, weight, scale, bias, None, twin)
     assert _relative_error(ours, twin) < {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
     assert scratch.counters.count_nonzero() == 0
 
@@ -206,5 +206,5 @@ def test_int8_rows_of_zeros(device: torch.device) -> None:
     x = torch.zeros(17, 64, device=device)
     weight, scale = _int8(8, 64, device)
     ours = x.new_full((17, 8), torch.nan)
-    gpu8.linear_8bit(quantize_rows(x, torch.int8), weight, scale, None, ours, None)
+    gpu8.linear_8bit(quantize_rows(x, torch.int8), weight, scale, None, None, ours, None)
     assert torch.equal(ours, torch.zeros_like(ours))

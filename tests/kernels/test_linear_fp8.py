@@ -5,6 +5,7 @@ import torch
 
 from runtime.checkpoint.fp8 import quantize_rows
 from runtime.engine.kernels import linear8
+from runtime.engine.kernels.activation import Activation, act_mul
 from runtime.engine.kernels.gpu import linear8 as gpu
 from runtime.engine.kernels.quantized_rows import QuantizedRows
 from runtime.engine.kernels.quantized_rows import quantize_rows as quantize_activations
@@ -43,11 +44,42 @@ def test_kernel_equals_twin(
     bias = torch.randn(num_outputs, device=device).to(dtype) if num_rows % 2 else None
     out = torch.full((num_rows, num_outputs), torch.nan, dtype=dtype, device=device)
     rows = quantize_activations(x, torch.float8_e4m3fn)
-    gpu.linear_8bit(rows, weight, scale, bias, out, Scratch.allocate(device))
+    gpu.linear_8bit(rows, weight, scale, bias, None, out, Scratch.allocate(device))
     twin = torch.empty_like(out)
-    linear8.linear_8bit_torch(rows, weight, scale, bias, twin)
+    linear8.linear_8bit_torch(rows, weight, scale, bias, None, twin)
     # The interpreter cuts bf16 off. The matrix unit sums e4m3 products with 14 bits.
     assert _relative_error(out, twin) < 6e-3
+
+
+@pytest.mark.parametrize("codes", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("num_rows", "gate"), [(1, "silu"), (5, "gelu_tanh"), (32, "gelu"), (33, "silu")])
+@pytest.mark.parametrize(("num_outputs", "in_features", "early"), [(48, 512, False), (70, 320, False), (64, 512, True)])
+def test_gate_is_the_activation_of_the_product(
+    device: torch.device,
+    codes: torch.dtype,
+    num_rows: int,
+    gate: Activation,
+    num_outputs: int,
+    in_features: int,
+    early: bool,
+) -> None:
+    weight = quantize_activations(torch.randn(2 * num_outputs, in_features, device=device) / in_features**0.5, codes)
+    rows = quantize_activations(torch.randn(num_rows, in_features, device=device).to(torch.bfloat16), codes)
+    bias = torch.randn(2 * num_outputs, device=device, dtype=torch.bfloat16) if num_rows % 2 else None
+    gate_up, out, twin = (
+        torch.full((num_rows, width), torch.nan, dtype=torch.bfloat16, device=device)
+        for width in (2 * num_outputs, num_outputs, num_outputs)
+    )
+    linear8.linear_8bit_torch(rows, weight.codes, weight.scale, bias, gate, twin)
+    linear8.linear_8bit_torch(rows, weight.codes, weight.scale, bias, None, gate_up)
+    assert torch.equal(twin, act_mul(gate_up, gate))
+    if early:
+        block_m, block_n, block_k, splits, _, num_warps, num_stages = gpu.gated_tiling(num_rows)
+        cut = (block_m, block_n, block_k, splits, True, num_warps, num_stages)
+        gpu.launch(rows, weight.codes, weight.scale, bias, gate, out, None, *cut)
+    else:
+        gpu.linear_8bit(rows, weight.codes, weight.scale, bias, gate, out, None)
+    assert _relative_error(out, twin) < (2e-2 if device.type == "cpu" else 6e-3)  # The interpreter cuts bf16 off.
 
 
 def test_linear_8bit_takes_quantised_rows_as_they_are() -> None:

@@ -8,13 +8,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from runtime.engine.kernels.activation import GATE_CODES, Activation, act_mul
 from runtime.engine.kernels.gpu import pdl
+from runtime.engine.kernels.gpu.activation import activated
+from runtime.engine.kernels.linear8 import GATED_ROWS
 from runtime.engine.kernels.quantized_rows import QuantizedRows
 from runtime.engine.kernels.scratch import Scratch
 
 MAX_ROWS = 128  # of e4m3 products in Triton
 _MULTIPLE = 16  # of the sizes that torch's product of e4m3 matrices takes
 _PROCESSORS = 132  # multiprocessors of the GPU that the tilings were measured on
+
+
+@triton.jit
+def _multiplied(w, x, acc, WIDEN: tl.constexpr):
+    """Return acc + w · x."""
+    if WIDEN:
+        return tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(w, x, acc, out_dtype=acc.dtype)
 
 
 @triton.jit(do_not_specialize=["M", "steps_each"])
@@ -32,6 +43,7 @@ def _linear8_kernel(
     K,
     x_stride,
     steps_each,
+    KIND: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -40,23 +52,44 @@ def _linear8_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     pdl.begin(PDL)
-    pdl.wait(PDL)
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    SUM: tl.constexpr = tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32
     split = tl.program_id(1)
     rows_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = rows_n < N
     rows_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = rows_m < M
     cols = split * steps_each * BLOCK_K + tl.arange(0, BLOCK_K)
-    safe_n = rows_n if EVEN_N else tl.where(mask_n, rows_n, 0)
-    w_ptrs = weight_ptr + safe_n.to(tl.int64)[:, None] * K + cols[None, :]
+    safe_n = (rows_n if EVEN_N else tl.where(mask_n, rows_n, 0)).to(tl.int64)
+    w_ptrs = weight_ptr + safe_n[:, None] * K + cols[None, :]
+    u_ptrs = w_ptrs
+    if KIND > 0:
+        u_ptrs = w_ptrs + N.to(tl.int64) * K
+    if EARLY:
+        # Fetch the first weights before the kernels that compute x have ended.
+        w_early = tl.load(w_ptrs)
+        if KIND > 0:
+            u_early = tl.load(u_ptrs)
+    pdl.wait(PDL)
     x_ptrs = x_ptr + rows_m.to(tl.int64)[None, :] * x_stride + cols[:, None]
     num_steps = tl.minimum(steps_each, tl.cdiv(K, BLOCK_K) - split * steps_each)
-    SUM: tl.constexpr = tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32
     acc = tl.zeros((BLOCK_N, BLOCK_M), SUM)
-    for step in range(num_steps):
+    up = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+    first = 0
+    if EARLY:
+        x = tl.load(x_ptrs, mask=mask_m[None, :], other=0.0)
+        acc = _multiplied(w_early, x, acc, WIDEN)
+        if KIND > 0:
+            up = _multiplied(u_early, x, up, WIDEN)
+            u_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+        x_ptrs += BLOCK_K
+        first = 1
+    for step in range(first, num_steps):
         if EVEN_K:
             w = tl.load(w_ptrs)
             x = tl.load(x_ptrs, mask=mask_m[None, :], other=0.0)
@@ -64,10 +97,11 @@ def _linear8_kernel(
             in_k = cols + step * BLOCK_K < K
             w = tl.load(w_ptrs, mask=in_k[None, :], other=0.0)
             x = tl.load(x_ptrs, mask=in_k[:, None] & mask_m[None, :], other=0.0)
-        if WIDEN:
-            acc = tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
-        else:
-            acc = tl.dot(w, x, acc, out_dtype=SUM)
+        acc = _multiplied(w, x, acc, WIDEN)
+        if KIND > 0:
+            u = tl.load(u_ptrs) if EVEN_K else tl.load(u_ptrs, mask=in_k[None, :], other=0.0)
+            up = _multiplied(u, x, up, WIDEN)
+            u_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
     if SPLIT:
@@ -87,27 +121,48 @@ def _linear8_kernel(
         tl.store(counters_ptr + tile, 0)
     else:
         sums = acc.to(tl.float32)
-    scale = tl.load(scale_ptr + rows_n, mask=mask_n, other=0.0)[:, None]
-    y = sums * (scale * tl.load(x_scale_ptr + rows_m, mask=mask_m, other=0.0)[None, :])
+    x_scale = tl.load(x_scale_ptr + rows_m, mask=mask_m, other=0.0)[None, :]
+    y = sums * (tl.load(scale_ptr + rows_n, mask=mask_n, other=0.0)[:, None] * x_scale)
     if HAS_BIAS:
         y += tl.load(bias_ptr + rows_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    if KIND > 0:
+        factor = up.to(tl.float32) * (tl.load(scale_ptr + N + rows_n, mask=mask_n, other=0.0)[:, None] * x_scale)
+        if HAS_BIAS:
+            factor += tl.load(bias_ptr + N + rows_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+        # Round where the separate kernels would round.
+        gate = activated(y.to(DTYPE).to(tl.float32), KIND).to(DTYPE).to(tl.float32)
+        y = gate * factor.to(DTYPE).to(tl.float32)
     place = rows_m.to(tl.int64)[None, :] * N + rows_n[:, None]
-    tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
+    tl.store(out_ptr + place, y.to(DTYPE), mask=mask_n[:, None] & mask_m[None, :])
 
 
 def linear_8bit(
-    x: QuantizedRows, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, scratch: Scratch | None
+    x: QuantizedRows,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    gate: Activation | None,
+    out: Tensor,
+    scratch: Scratch | None,
 ) -> None:
     """See runtime.engine.kernels.linear8.linear_8bit."""
     num_outputs, in_features = weight.shape
     num_rows = len(x.codes)
     if num_rows == 0:
         return
+    if gate is not None and num_rows <= GATED_ROWS:
+        launch(x, weight, scale, bias, gate, out, scratch, *gated_tiling(num_rows))
+        return
+    if gate is not None:
+        gate_up = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=weight.device)
+        linear_8bit(x, weight, scale, bias, None, gate_up, scratch)
+        act_mul(gate_up, gate, out.view(num_rows, -1))
+        return
     aligned = num_outputs % _MULTIPLE == 0 and in_features % _MULTIPLE == 0
     if weight.dtype is torch.int8:
-        launch(x, weight, scale, bias, out, scratch, *tiling(num_rows, num_outputs, in_features))
+        launch(x, weight, scale, bias, None, out, scratch, *tiling(num_rows, num_outputs, in_features))
     elif num_rows <= MAX_ROWS or x.dtype is not torch.bfloat16 or not aligned:
-        launch(x, weight, scale, bias, out, scratch, *tiling(min(num_rows, 256), num_outputs, in_features))
+        launch(x, weight, scale, bias, None, out, scratch, *tiling(min(num_rows, 256), num_outputs, in_features))
     else:
         products = out.view(num_rows, num_outputs)
         torch._scaled_mm(
@@ -117,8 +172,16 @@ def linear_8bit(
             products += bias
 
 
-def tiling(num_rows: int, num_outputs: int, in_features: int) -> tuple[int, int, int, int, int, int]:
-    """Return (BLOCK_M, BLOCK_N, BLOCK_K, splits of K, warps, stages) from docs/benchmarks/linear.md."""
+def gated_tiling(num_rows: int) -> tuple[int, int, int, int, bool, int, int]:
+    """Return (BLOCK_M, BLOCK_N, BLOCK_K, splits of K, early, warps, stages) of up to GATED_ROWS rows."""
+    return max(16, triton.next_power_of_2(num_rows)), 64, 128, 1, False, 4, 6
+
+
+def tiling(num_rows: int, num_outputs: int, in_features: int) -> tuple[int, int, int, int, bool, int, int]:
+    """Return (BLOCK_M, BLOCK_N, BLOCK_K, splits of K, early, warps, stages) from docs/benchmarks/linear.md.
+
+    `early` fetches the first weights before the wait.
+    """
     block_m = min(256, max(16, triton.next_power_of_2(num_rows)))
     if block_m <= 32:
         block_n, block_k, num_warps, num_stages = 64, 256, 4, 6 if num_outputs < 16384 else 4
@@ -130,7 +193,7 @@ def tiling(num_rows: int, num_outputs: int, in_features: int) -> tuple[int, int,
         block_n, block_k, num_warps, num_stages = 128, 128, 8, 4
     num_tiles = triton.cdiv(num_outputs, block_n) * triton.cdiv(num_rows, block_m)
     splits = 2 if 2 * num_tiles <= _PROCESSORS and in_features >= 8 * block_k else 1
-    return block_m, block_n, block_k, splits, num_warps, num_stages
+    return block_m, block_n, block_k, splits, False, num_warps, num_stages
 
 
 def launch(
@@ -138,18 +201,20 @@ def launch(
     weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
+    gate: Activation | None,
     out: Tensor,
     scratch: Scratch | None,
     block_m: int,
     block_n: int,
     block_k: int,
     splits: int,
+    early: bool,
     num_warps: int,
     num_stages: int,
 ) -> None:
-    """Launch with a given tiling."""
+    """Launch with a given tiling. With a gate, K is not split."""
     num_rows, in_features = x.codes.shape
-    num_outputs = weight.shape[0]
+    num_outputs = weight.shape[0] // (1 if gate is None else 2)
     tiles_n, tiles_m = triton.cdiv(num_outputs, block_n), triton.cdiv(num_rows, block_m)
     num_steps = triton.cdiv(in_features, block_k)
     steps_each = triton.cdiv(num_steps, splits)
@@ -178,6 +243,7 @@ def launch(
         in_features,
         x.codes.stride(0),
         steps_each,
+        KIND=GATE_CODES[gate],
         HAS_BIAS=bias is not None,
         SPLIT=splits > 1,
         EVEN_N=num_outputs % block_n == 0,
@@ -186,6 +252,7 @@ def launch(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
+        EARLY=early and pdl.overlaps(weight) and in_features % block_k == 0,
         PDL=pdl.overlaps(weight),
         num_warps=num_warps,
         num_stages=num_stages,

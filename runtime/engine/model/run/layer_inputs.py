@@ -8,6 +8,7 @@ from torch import Tensor
 
 from runtime.engine.kernels.activation import Activation, act_mul, act_mul_quantized
 from runtime.engine.kernels.linear4 import linear_4bit
+from runtime.engine.kernels.linear8 import GATED_ROWS, linear_8bit
 from runtime.engine.kernels.linear16 import linear_16bit, serves
 from runtime.engine.kernels.norm import add_rms_norm, add_rms_norm_quantized, rms_norm, rms_norm_quantized
 from runtime.engine.kernels.quantized_rows import QuantizedRows
@@ -62,5 +63,7 @@ def gated(
         return linear_16bit(x, linear.weight, linear.bias, activation, scratch=scratch)
     if isinstance(linear, Linear4) and not isinstance(x, QuantizedRows):
         return linear_4bit(x, linear.weight, linear.absmax, linear.codebook, linear.bias, activation, scratch=scratch)
+    if isinstance(linear, Linear8) and isinstance(x, QuantizedRows) and len(x.codes) <= GATED_ROWS:
+        return linear_8bit(x, linear.weight, linear.scale, linear.bias, activation, scratch=scratch)
     gate_up = product(linear, x, scratch)
     return act_mul(gate_up, activation) if codes is None else act_mul_quantized(gate_up, activation, codes)
