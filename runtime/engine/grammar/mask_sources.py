@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llguidance import LLExecutor
 
 _THREADS = 2
-_MOST_FILL_THREADS = 8
+_MOST_FILL_THREADS = 16
 # The work for one token. The largest cost measured within these is 8 ms, 20 µs as a rule.
 _STEP_ITEMS = 8_000
 _STEP_LEXER_FUEL = 60_000
@@ -56,7 +56,7 @@ class GrammarMaskSources:
     """Implements MaskSources with llguidance, which is imported when the first request with a grammar comes."""
 
     def __init__(self, fill_threads: int | None = None) -> None:
-        """`fill_threads`: threads that compute the masks of one step together; None = half of the cores, at most 8."""
+        """`fill_threads`: threads that compute the masks of one step together; None = half of the cores, at most 16."""
         self._fill_threads = fill_threads or max(1, min(_MOST_FILL_THREADS, (os.cpu_count() or 1) // 2))
         self._pool = ThreadPoolExecutor(_THREADS, "grammar")
         self._lock = Lock()

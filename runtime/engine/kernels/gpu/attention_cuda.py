@@ -26,6 +26,8 @@ NAME = "attention_decode"
 MAX_PAIRS = 512  # of rows and KV heads with keys of 16 bits. Above, Triton's many small programs are as fast or faster.
 _MAX_ROWS = 1024  # MAX_ROWS of attention_rows.cuh and attention_decode.cu
 _TILE = 16
+_SHORT_FP8 = 4096  # tokens of all rows below which one head per block is as fast
+_MANY_PAIRS_FP8 = 1024
 _LEAST = 12
 _LOG2E = 1.4426950408889634
 _HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -136,8 +138,15 @@ def cut(
 
 
 def _cut_fp8(num_rows: int, num_kv_heads: int, group: int, head_dim: int, max_context_len: int, processors: int) -> Cut:
-    """Choose how to divide the work for keys of 8 bits: a block per multiprocessor, and two heads, which are 256 bytes of a token with 128 channels."""
-    heads_each = 2 if num_kv_heads % 2 == 0 else 1
+    """Choose how to divide the work for keys of 8 bits: one block per multiprocessor.
+
+    Two heads of 128 channels lie beside each other in 256 bytes of a token. More rows than blocks are divided at fewer places with four heads per block.
+    """
+    heads_each = (
+        1 if num_rows * max_context_len < _SHORT_FP8 else 2 if num_rows * num_kv_heads <= _MANY_PAIRS_FP8 else 4
+    )
+    while num_kv_heads % heads_each:
+        heads_each //= 2
     wanted = processors * heads_each // num_kv_heads
     blocks = max(1, min(wanted, num_rows * -(-max_context_len // _TILE) // _LEAST))
     return _fitting(Cut(heads_each, blocks, 24, 8 if head_dim <= 128 else 4, 4), num_rows, group, head_dim, key_bytes=1)
