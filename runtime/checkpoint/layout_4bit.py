@@ -72,3 +72,8 @@ def gguf_layout(weight: Tensor, scales: Tensor, in_features: int) -> tuple[Tenso
     """Return codes and scales in the kernels' layout as the codes of GGUF's blocks, uint8 [N, K/2], and scales [N, K/32]."""
     codes = weight.view(weight.shape[0], -1, _WORDS, GROUP // GGUF_BLOCK).transpose(2, 3).flatten(1)
     return codes[:, : in_features // 2].contiguous(), scales[:, : in_features // GGUF_BLOCK].contiguous()
+
+
+def block_of(weight: Tensor, scales: Tensor) -> int:
+    """Return the elements that share a scale, of codes and scales in the kernels' layout."""
+    return 2 * weight.shape[1] // scales.shape[1]

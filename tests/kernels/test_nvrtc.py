@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from runtime.checkpoint.quantized_shapes import padded_width
+from runtime.checkpoint.quantized_shapes import BLOCK, GGUF_BLOCK, KEPT_BLOCKS, padded_width
 from runtime.engine.kernels import linear4
 from runtime.engine.kernels.activation import Activation, act_mul
 from runtime.engine.kernels.codebooks import Codebook
@@ -17,7 +17,9 @@ from runtime.engine.kernels.scratch import Scratch
 
 SOURCES = [
     (linear4_cuda.SOURCE, ()),
+    (linear4_cuda.SOURCE, ("SMALL_BLOCKS=true",)),
     (linear4_wgmma.SOURCE, ("IS_HALF=false",)),
+    (linear4_wgmma.SOURCE, ("IS_HALF=false", "SMALL_BLOCKS=true")),
     pytest.param(linear4_wgmma.SOURCE, ("IS_HALF=true",), marks=pytest.mark.long),
     (attention_cuda.SOURCE, ("HEAD_DIM=128", "HALF=false", "TILES=1", "WARPS=8", "STAGES=3")),
     (attention_cuda.SOURCE, ("HEAD_DIM=128", "HALF=true", "TILES=2", "WARPS=8", "STAGES=2")),
@@ -114,11 +116,14 @@ def test_cuts_fit() -> None:
 
 
 def _operands(
-    num_rows: int, num_outputs: int, in_features: int, dtype: torch.dtype, device: torch.device
+    num_rows: int, num_outputs: int, in_features: int, dtype: torch.dtype, device: torch.device, kind: str = "nf4"
 ) -> tuple[torch.Tensor, ...]:
     weight = torch.randint(0, 256, (num_outputs, padded_width(in_features) // 2), dtype=torch.uint8, device=device)
-    absmax = torch.rand(num_outputs, padded_width(in_features) // 64, device=device) + 0.05
-    absmax[:, in_features // 64 :] = 0
+    block = GGUF_BLOCK if kind in KEPT_BLOCKS.values() else BLOCK
+    absmax = torch.rand(num_outputs, padded_width(in_features) // block, device=device) + 0.05
+    absmax[:, in_features // block :] = 0
+    if block == GGUF_BLOCK:
+        absmax = absmax.half()
     return (
         torch.randn(num_rows, in_features, device=device).to(dtype),
         weight,
@@ -141,13 +146,13 @@ def _operands(
         (300, 301, 1024),
     ],
 )
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "q4_0"])
 def test_equals_twin(
     device: torch.device, kind: Codebook, num_rows: int, num_outputs: int, in_features: int, dtype: torch.dtype
 ) -> None:
     if device.type == "cpu" or linear4_cuda.module(device) is None:
         pytest.skip("needs a GPU that the kernels are made for")
-    x, weight, absmax, bias = _operands(num_rows, num_outputs, in_features, dtype, device)
+    x, weight, absmax, bias = _operands(num_rows, num_outputs, in_features, dtype, device, kind)
     wide = linear4.dequantize_4bit_torch(weight, absmax, kind, in_features, torch.float32)
     exact = functional.linear(x.double(), wide.double(), bias.double())
     twin = torch.empty(num_rows, num_outputs, dtype=dtype, device=device)

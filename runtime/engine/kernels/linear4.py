@@ -46,12 +46,12 @@ def linear_4bit(
     return out
 
 
-def warm(device: torch.device) -> None:
-    """Prepare the GPU's kernels before the first call. Does nothing on a CPU."""
+def warm(device: torch.device, block: int = BLOCK) -> None:
+    """Prepare the GPU's kernels for blocks of this many elements before the first call. Does nothing on a CPU."""
     if device.type == "cuda":
         from runtime.engine.kernels.gpu import linear4
 
-        linear4.warm(device)
+        linear4.warm(device, block)
 
 
 def num_rows_4bit(weight: Tensor, in_features: int) -> int:

@@ -20,6 +20,13 @@ __device__ __forceinline__ unsigned short narrow(float v) {
     return result;
 }
 
+// Returns the scale of block `j` of the two (four, if SMALL, in float16) whose scales are the bits of `both`.
+template <bool SMALL>
+__device__ __forceinline__ float scale_of(float2 both, int j) {
+    if constexpr (SMALL) return widen<true>(static_cast<unsigned short>(__float_as_uint(j >> 1 ? both.y : both.x) >> (16 * (j & 1))));
+    return j ? both.y : both.x;
+}
+
 // Multiplies 16 × 16 by 16 × 8 and adds to the 16 × 8 sums that 32 lanes hold.
 template <bool F16>
 __device__ __forceinline__ void multiply_add(float4& d, const unsigned (&a)[4], unsigned b0, unsigned b1) {

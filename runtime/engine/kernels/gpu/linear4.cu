@@ -3,7 +3,7 @@
 // A byte of codes is two weights. A table in shared memory holds the 256 pairs of 16-bit values once per bank, so that the
 // lanes of a warp never conflict. A warp multiplies 16 rows of W by all of x over its own range of K, and the warps of the
 // same rows add their sums. x stays in registers while the block moves down its rows. Sums of 64 products are scaled in
-// float32.
+// float32; with SMALL_BLOCKS, sums of 32 products, by float16 scales.
 //
 // Layout of W: checkpoint/layout_4bit.py. Word i of a group holds elements 16j + i, so that a byte holds elements 32b + i
 // and 32b + 16 + i, and x is paired likewise.
@@ -12,9 +12,13 @@ constexpr int WARPS = 16, GROUP = 128, TABLE_BYTES = 256 * 32 * 4;
 
 #include "instructions.cuh"
 
+#ifndef SMALL_BLOCKS
+#define SMALL_BLOCKS false
+#endif
+
 struct Arguments {
     const unsigned char* words;
-    const float* absmax;
+    const float* absmax;  // 8 bytes a group: two scales, or four in float16
     const unsigned short* x;
     const unsigned short* bias;  // or null
     unsigned short* out;
@@ -150,18 +154,21 @@ __device__ __forceinline__ void run(const Arguments& a) {
                     if (busy(c, u, b, i)) {
                         const unsigned top[4] = {low[b][i].x, low[b][i].y, low[b][i].z, low[b][i].w};
                         const unsigned bottom[4] = {high[b][i].x, high[b][i].y, high[b][i].z, high[b][i].w};
+                        // Bytes 2h and 2h + 1 of the words are a block of 64 elements, and each byte is a block of 32.
 #pragma unroll
-                        for (int h = 0; h < 2; ++h) {
+                        for (int j = 0; j < (SMALL_BLOCKS ? 4 : 2); ++j) {
                             float4 part[TILES];
 #pragma unroll
                             for (int n = 0; n < TILES; ++n) part[n] = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-                            for (int s = 0; s < 4; ++s) {
-                                const unsigned w[4] = {values(top[s], 2 * h), values(bottom[s], 2 * h), values(top[s], 2 * h + 1), values(bottom[s], 2 * h + 1)};
+                            for (int s = 0; s < 4; s += SMALL_BLOCKS ? 2 : 1) {
+                                const int h = SMALL_BLOCKS ? j >> 1 : j, first = SMALL_BLOCKS ? j : 2 * j, second = SMALL_BLOCKS ? j : 2 * j + 1;
+                                const int s2 = SMALL_BLOCKS ? s + 1 : s;
+                                const unsigned w[4] = {values(top[s], first), values(bottom[s], first), values(top[s2], second), values(bottom[s2], second)};
 #pragma unroll
-                                for (int n = 0; n < TILES; ++n) multiply_add<HALF>(part[n], w, x[i][h][s][n][0], x[i][h][s][n][1]);
+                                for (int n = 0; n < TILES; ++n) multiply_add<HALF>(part[n], w, x[i][h][s][n][first & 1], x[i][h][s2][n][second & 1]);
                             }
-                            const float upper = h ? low_scale[b][i].y : low_scale[b][i].x, lower = h ? high_scale[b][i].y : high_scale[b][i].x;
+                            const float upper = scale_of<SMALL_BLOCKS>(low_scale[b][i], j), lower = scale_of<SMALL_BLOCKS>(high_scale[b][i], j);
 #pragma unroll
                             for (int n = 0; n < TILES; ++n) {
                                 acc[n].x += upper * part[n].x, acc[n].y += upper * part[n].y;

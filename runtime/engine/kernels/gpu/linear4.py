@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional
 
+from runtime.checkpoint.layout_4bit import block_of
 from runtime.checkpoint.quantized_shapes import BLOCK, GROUP
 from runtime.engine.kernels.activation import Activation, act_mul
 from runtime.engine.kernels.codebooks import Codebook, codebook_values
@@ -41,11 +42,10 @@ def linear_4bit(
     num_rows, num_outputs = rows.shape[0], weight.shape[0]
     if num_rows == 0:
         return
-    in_cuda = scales_per_group(weight, absmax) == 2  # Blocks of 32 elements are computed in Triton only.
     if (
-        in_cuda
-        and (cut := linear4_wgmma.choose(num_rows, num_outputs, _processors(x.device))) is not None
-        and linear4_wgmma.linear_4bit(rows, weight, absmax, codebook, bias, out.view(num_rows, -1), scratch, cut, gate)
+        cut := linear4_wgmma.choose(num_rows, num_outputs, _processors(x.device))
+    ) is not None and linear4_wgmma.linear_4bit(
+        rows, weight, absmax, codebook, bias, out.view(num_rows, -1), scratch, cut, gate
     ):
         return
     if gate is not None:
@@ -54,10 +54,8 @@ def linear_4bit(
         act_mul(both, gate, out)
         return
     result = out.view(num_rows, num_outputs)
-    if (
-        in_cuda
-        and num_rows <= linear4_cuda.MAX_ROWS
-        and linear4_cuda.linear_4bit(rows, weight, absmax, codebook, bias, result, scratch)
+    if num_rows <= linear4_cuda.MAX_ROWS and linear4_cuda.linear_4bit(
+        rows, weight, absmax, codebook, bias, result, scratch
     ):
         return
     if num_rows > max_fused_rows(weight.shape[0], in_features):
@@ -71,15 +69,13 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else _PROCESSORS
 
 
-def scales_per_group(weight: Tensor, absmax: Tensor) -> int:
-    """Return the number of scales for 128 elements: 2 of bitsandbytes' blocks, 4 of GGUF's."""
-    return absmax.shape[1] * BLOCK // weight.shape[1]
+def warm(device: torch.device, block: int) -> None:
+    """Compile or load the CUDA C++ kernels for bf16 and blocks of this many elements, so that no request waits.
 
-
-def warm(device: torch.device) -> None:
-    """Compile or load the CUDA C++ kernels for bf16, so that no request waits. The first time takes seconds."""
-    linear4_cuda.module(device)
-    linear4_wgmma.module(device, torch.bfloat16)
+    The first time takes seconds.
+    """
+    linear4_cuda.module(device, block)
+    linear4_wgmma.module(device, torch.bfloat16, block)
 
 
 def max_fused_rows(num_outputs: int, in_features: int) -> int:
@@ -157,7 +153,7 @@ def launch_fused(
         HAS_BIAS=bias is not None,
         SPLIT=splits > 1,
         SCALE_SUMS=scale_sums or rows.element_size() == 4,
-        SCALES=scales_per_group(weight, absmax),
+        SCALES=GROUP // block_of(weight, absmax),
         EVEN_N=num_outputs % block_n == 0,
         PADDED=in_features % GROUP != 0,
         BLOCK_M=block_m,
@@ -186,7 +182,7 @@ def dequantize_4bit(weight: Tensor, absmax: Tensor, codebook: Codebook, out: Ten
         num_groups,
         ASM=asm,
         WIDE=asm == "",
-        SCALES=scales_per_group(weight, absmax),
+        SCALES=GROUP // block_of(weight, absmax),
         BLOCK_N=block_n,
         num_warps=4,
     )

@@ -12,6 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
+from runtime.checkpoint.layout_4bit import block_of
 from runtime.checkpoint.quantized_shapes import BLOCK
 from runtime.engine.kernels.codebooks import Codebook, codebook_values
 from runtime.engine.kernels.gpu import nvrtc
@@ -48,9 +49,14 @@ def codes_16bit(codebook: Codebook, dtype: torch.dtype) -> tuple[int, ...]:
     )
 
 
-def module(device: torch.device) -> nvrtc.Module | None:
-    """Return the compiled kernels, or None if this device does not support them."""
-    return nvrtc.module(SOURCE, _NAMES, device)
+def module(device: torch.device, block: int = BLOCK) -> nvrtc.Module | None:
+    """Return the compiled kernels for blocks of 64 or 32 elements, or None if this device does not support them."""
+    return nvrtc.module(SOURCE, _NAMES, device, block_defines(block))
+
+
+def block_defines(block: int) -> tuple[str, ...]:
+    """Return the definitions to compile for blocks of this many elements."""
+    return () if block == BLOCK else ("SMALL_BLOCKS=true",)
 
 
 def splits_of_k(num_outputs: int, num_groups: int) -> int:
@@ -80,7 +86,9 @@ def linear_4bit(
     """Compute rows [M, K] · Wᵀ into `out`. Returns False without any effect if this kernel does not support the operands."""
     if not rows.is_cuda or rows.dtype not in _TYPES or rows.shape[0] > MAX_ROWS:
         return False
-    if rows.stride(1) != 1 or rows.stride(0) % 4 or rows.data_ptr() % 8 or (compiled := module(rows.device)) is None:
+    if rows.stride(1) != 1 or rows.stride(0) % 4 or rows.data_ptr() % 8:
+        return False
+    if (compiled := module(rows.device, block_of(weight, absmax))) is None:
         return False
     num_rows, in_features = rows.shape
     num_outputs, num_groups = weight.shape[0], weight.shape[1] // BLOCK

@@ -15,11 +15,15 @@
 #include "instructions.cuh"
 #include "linear4_instructions.cuh"
 
+#ifndef SMALL_BLOCKS
+#define SMALL_BLOCKS false  // blocks of 32 elements with float16 scales, instead of 64 with float32
+#endif
+
 constexpr int PATIENCE = 1 << 13, STAGE_COLUMNS = 32, STAGE_STRIDE = 64 + 8;
 
 struct Arguments {
     TensorMap words, x;
-    const float* absmax;
+    const float* absmax;  // 8 bytes a group: two scales, or four in float16
     const unsigned short* bias;  // or null
     unsigned short* out;
     float4* partials;
@@ -176,10 +180,11 @@ __device__ __forceinline__ void run(const Arguments& a) {
                     }
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
-                        const unsigned upper = twice<HALF>(h ? scales[0][q].y : scales[0][q].x), lower = twice<HALF>(h ? scales[1][q].y : scales[1][q].x);
 #pragma unroll
                         for (int s = 0; s < 4; ++s) {
-                            const int byte = 2 * h + (s >> 1);
+                            const int byte = 2 * h + (s >> 1), block = SMALL_BLOCKS ? byte : h;
+                            const unsigned upper = twice<HALF>(scale_of<SMALL_BLOCKS>(scales[0][q], block));
+                            const unsigned lower = twice<HALF>(scale_of<SMALL_BLOCKS>(scales[1][q], block));
                             w[h][s][0] = scaled<HALF>(values(codes[0][0][s & 1], byte), upper);
                             w[h][s][1] = scaled<HALF>(values(codes[1][0][s & 1], byte), lower);
                             w[h][s][2] = scaled<HALF>(values(codes[0][1][s & 1], byte), upper);

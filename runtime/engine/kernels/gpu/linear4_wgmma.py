@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from runtime.checkpoint.layout_4bit import block_of
 from runtime.checkpoint.quantized_shapes import BLOCK
 from runtime.engine.kernels.activation import GATE_CODES, Activation
 from runtime.engine.kernels.codebooks import Codebook
 from runtime.engine.kernels.gpu import nvrtc
-from runtime.engine.kernels.gpu.linear4_cuda import codes_16bit
+from runtime.engine.kernels.gpu.linear4_cuda import block_defines, codes_16bit
 from runtime.engine.kernels.gpu.tensormap import TENSOR_MAP_BYTES, tensor_map
 from runtime.engine.kernels.scratch import Scratch
 
@@ -24,6 +25,7 @@ SOURCE = "linear4_wgmma.cu"
 _BARRIER_BYTES = 48 * 8 + 8
 _TYPES = {torch.bfloat16: "IS_HALF=false", torch.float16: "IS_HALF=true"}
 SHAPES = ((16, 4), (32, 4), (64, 4), (128, 3), (256, 2))
+_X_COLUMNS = 64  # of x in a row of its tiles
 _MOST_PARTS = 16  # of a tile: a counter has 16 bits for them
 _MAP = ctypes.c_ubyte * TENSOR_MAP_BYTES
 _NAMES = tuple(f"linear4_wgmma_{columns}_{groups}" for columns, groups in SHAPES)
@@ -79,9 +81,11 @@ class Cut:
         return table_bytes + 1024 + rings_bytes + self.piece_bytes + _BARRIER_BYTES
 
 
-def module(device: torch.device, dtype: torch.dtype) -> nvrtc.Module | None:
-    """Return the compiled kernels, or None if this device does not support them: only Hopper has `wgmma`."""
-    return nvrtc.module(SOURCE, _NAMES, device, (_TYPES[dtype],)) if nvrtc.architecture(device) == "sm_90a" else None
+def module(device: torch.device, dtype: torch.dtype, block: int = BLOCK) -> nvrtc.Module | None:
+    """Return the compiled kernels for blocks of 64 or 32 elements, or None if this device does not support them: only Hopper has `wgmma`."""
+    if nvrtc.architecture(device) != "sm_90a":
+        return None
+    return nvrtc.module(SOURCE, _NAMES, device, (_TYPES[dtype], *block_defines(block)))
 
 
 def _x_turns(columns: int) -> int:
@@ -142,7 +146,9 @@ def linear_4bit(
         return False
     if not rows.is_cuda or rows.dtype not in _TYPES or rows.stride(1) != 1 or rows.stride(0) % 8:
         return False
-    if any(t.data_ptr() % 16 for t in (rows, weight, out)) or (compiled := module(rows.device, rows.dtype)) is None:
+    if in_features % _X_COLUMNS or any(t.data_ptr() % 16 for t in (rows, weight, out)):
+        return False
+    if (compiled := module(rows.device, rows.dtype, block_of(weight, absmax))) is None:
         return False
     tile_outputs = 64 * cut.groups
     copy_rows = tile_outputs

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.model_key import Quantization
-from runtime.checkpoint.quantized_shapes import KEPT_BLOCKS
+from runtime.checkpoint.quantized_shapes import GGUF_BLOCK, KEPT_BLOCKS
 from runtime.engine.kernels.codebooks import Codebook
 from runtime.engine.kernels.linear4 import linear_4bit, warm
 from runtime.engine.kernels.linear8 import linear_8bit
@@ -117,6 +117,7 @@ def make_linear(name: str, views: dict[str, Tensor], quantization: Quantization)
         return CpuLinear4(weight, absmax, codebook, bias) if on_host else Linear4(weight, absmax, codebook, bias)
     for kept in KEPT_BLOCKS.values():
         if (scales := views.get(f"{name}.{kept}")) is not None:
+            warm(weight.device, GGUF_BLOCK)
             return CpuLinearGguf(weight, scales, kept, bias) if on_host else Linear4(weight, scales, kept, bias)
     scale = views.get(f"{name}.scale")
     if scale is not None and weight.dtype is torch.int8:
