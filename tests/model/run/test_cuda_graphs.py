@@ -1,4 +1,4 @@
-"""Which steps are rounded up to what, and when a graph is asked for, captured and replayed."""
+"""When a graph is asked for, captured, replayed and released."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,72 +7,17 @@ from typing import cast
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from runtime.engine.interfaces import Bucket
-from runtime.engine.model.run.buckets import CONTEXT_TOKENS, DECODE_ROWS, MIXED_TOKENS, bucket_of, standard
-from runtime.engine.model.run.cuda_graphs import EAGER_USES, GraphPool, ModelGraphs, StepGraph
+from runtime.engine.model.run.buckets import (
+    CONTEXT_TOKENS,
+    DECODE_ROWS,
+    wide,
+)
+from runtime.engine.model.run.cuda_graphs import COVERED_USES, EAGER_USES, GraphPool, ModelGraphs, StepGraph
 from tests.support.driving import Ask, Driver, hooked
 from tests.support.families import VOCAB, family
 from tests.support.graphs import capture_all, capture_next, capture_now, use
-
-LARGEST_CONTEXT = CONTEXT_TOKENS[-1]
-LARGEST_MIXED = MIXED_TOKENS[-1]
-
-
-def mixed_counts(least: int, most: int) -> st.SearchStrategy[list[int]]:
-    """Tokens per row of steps with `least` to `most` tokens in all, of which one row at least has several."""
-    splits = st.integers(least, most).flatmap(
-        lambda total: st.lists(st.integers(1, total - 1), unique=True, max_size=39).map(
-            lambda cuts: [end - start for start, end in zip([0, *sorted(cuts)], [*sorted(cuts), total], strict=True)]
-        )
-    )
-    return splits.filter(lambda counts: max(counts) > 1)
-
-
-@given(rows=st.integers(1, DECODE_ROWS[-1]), context=st.integers(1, LARGEST_CONTEXT))
-def test_bucket_of_decode_step_holds_the_step(rows: int, context: int) -> None:
-    bucket = bucket_of(rows, rows, rows, 1, context)
-    assert bucket is not None
-    assert bucket.num_tokens == bucket.num_rows >= rows
-    assert bucket.max_context_len >= context
-    assert bucket.num_rows <= max(2 * rows, 8)
-    assert bucket.max_query_len == 1
-
-
-@given(rows=st.integers(DECODE_ROWS[-1] + 1, 2000), context=st.integers(1, LARGEST_CONTEXT))
-def test_bucket_of_decode_step_with_too_many_rows_is_none(rows: int, context: int) -> None:
-    assert bucket_of(rows, rows, rows, 1, context) is None
-
-
-@given(rows=st.integers(1, DECODE_ROWS[-1]), context=st.integers(LARGEST_CONTEXT + 1, 2 * LARGEST_CONTEXT))
-def test_bucket_of_decode_step_with_too_long_context_is_none(rows: int, context: int) -> None:
-    assert bucket_of(rows, rows, rows, 1, context) is None
-
-
-@given(counts=mixed_counts(2, LARGEST_MIXED))
-def test_bucket_of_mixed_step_holds_the_step(counts: list[int]) -> None:
-    bucket = bucket_of(sum(counts), len(counts), len(counts), max(counts), 300)
-    assert bucket is not None
-    assert bucket.num_tokens >= sum(counts)
-    assert bucket.num_tokens >= bucket.num_rows >= len(counts)
-    assert bucket.max_query_len >= max(counts)
-
-
-@given(counts=mixed_counts(LARGEST_MIXED + 1, 3 * LARGEST_MIXED))
-def test_bucket_of_mixed_step_with_too_many_tokens_is_none(counts: list[int]) -> None:
-    assert bucket_of(sum(counts), len(counts), len(counts), max(counts), 300) is None
-
-
-@given(tokens=st.integers(1, LARGEST_MIXED), rows=st.integers(1, 100), drafts=st.integers(0, 400))
-def test_bucket_of_mixed_step_has_a_row_per_draw(tokens: int, rows: int, drafts: int) -> None:
-    """A row with drafts draws several tokens, so draws may outnumber rows."""
-    num_rows = min(rows, tokens)
-    num_samples = min(num_rows + drafts, tokens, DECODE_ROWS[-1])
-    bucket = bucket_of(tokens, num_rows, num_samples, max(2, tokens - num_rows + 1), 300)
-    assert bucket is not None
-    assert bucket.num_rows >= num_samples
 
 
 @dataclass
@@ -85,6 +30,7 @@ class FakePool:
     collective: bool = False
     wanted: list[Bucket] = field(default_factory=list)
     recorded: int = 0
+    has_spare: bool = True
     settle: Callable[[], None] = lambda: None
 
     def join(self, graphs: ModelGraphs) -> None:
@@ -92,6 +38,12 @@ class FakePool:
 
     def want(self, graphs: ModelGraphs, bucket: Bucket) -> None:
         self.wanted.append(bucket)
+
+    def has_room(self, graphs: ModelGraphs) -> bool:
+        return not self.full
+
+    def make_room(self, graphs: ModelGraphs) -> None:
+        pass
 
     def record(self, run: object) -> StepGraph:
         self.recorded += 1
@@ -170,29 +122,61 @@ def test_record_is_left_out_while_weights_are_absent(caplog: pytest.LogCaptureFi
     assert not caplog.records
 
 
-@pytest.mark.parametrize(("least", "most", "ratio"), [(257, 512, 1.5), (513, LARGEST_MIXED, 4 / 3)])
-def test_bucket_of_large_mixed_step_bounds_the_padding(least: int, most: int, ratio: float) -> None:
-    for tokens in range(least, most + 1):
-        bucket = bucket_of(tokens, 2, 2, tokens - 1, 4000)
-        assert bucket is not None
-        assert bucket.num_tokens <= ratio * tokens
+def test_step_without_a_graph_runs_in_the_smallest_that_covers_it() -> None:
+    graphs, _ = graphs_of(FakePool())
+    for rows in (64, 16):
+        assert capture_now(graphs, Bucket(rows, rows, 1, 4096))
+    assert graphs.choose(Bucket(2, 2, 1, 1024)).replay == Bucket(16, 16, 1, 4096)
+    assert graphs.choose(Bucket(24, 24, 1, 4096)).replay == Bucket(64, 64, 1, 4096)
+    assert graphs.choose(Bucket(24, 24, 1, 16384)).replay is None
+    assert graphs.choose(Bucket(16, 16, 16, CONTEXT_TOKENS[-1])).replay is None
 
 
-def test_cuda_graphs_of_a_mixed_step_do_not_depend_on_the_context() -> None:
-    assert bucket_of(60, 3, 3, 40, 100) == bucket_of(60, 3, 3, 40, 200_000)
+def test_covered_step_gets_a_graph_of_its_own_where_memory_allows() -> None:
+    pool = FakePool()
+    graphs, _ = graphs_of(pool)
+    assert capture_now(graphs, Bucket(16, 16, 1, 4096))
+    choices = [graphs.choose(BUCKET) for _ in range(COVERED_USES + 1)]
+    assert pool.wanted == [BUCKET]
+    assert [choice.capture for choice in choices] == [None] * COVERED_USES + [BUCKET]
+    pool.has_spare = False
+    assert all(graphs.choose(BUCKET).capture is None for _ in range(2 * COVERED_USES))
 
 
-def test_cuda_graphs_likely_sizes_are_those_of_steps() -> None:
-    buckets = standard()
-    assert len(set(buckets)) == len(buckets) <= 40
-    for bucket in buckets:
-        assert bucket_of(bucket.num_tokens, bucket.num_rows, bucket.num_rows, bucket.max_query_len, 1000) == bucket
+def test_wide_graph_is_captured_where_memory_is_short() -> None:
+    pool = FakePool(has_spare=False)
+    graphs, _ = graphs_of(pool)
+    steps = [Bucket(rows, rows, 1, 1024) for rows in DECODE_ROWS[: EAGER_USES + 1]]
+    choices = [graphs.choose(step, wide(step)) for step in steps]
+    assert [choice.capture for choice in choices] == [None] * EAGER_USES + [Bucket(16, 16, 1, 4096)]
+    assert pool.wanted == [Bucket(16, 16, 1, 4096)]
 
 
-@pytest.mark.parametrize("tokens", [1, 40, 100, 256, 384])
-def test_cuda_graphs_of_a_single_request_come_first(tokens: int) -> None:
-    buckets = standard()
-    assert bucket_of(tokens, 1, 1, tokens, 400) in buckets[:8]
+def test_full_pool_takes_graphs_from_the_model_with_the_most() -> None:
+    log: list[str] = []
+    pool = idle_pool(limit_bytes=1000)
+    rich, poor = member(pool, log, "rich"), member(pool, log, "poor")
+    sizes = [Bucket(rows, rows, 1, 65536) for rows in range(100, 112)]
+    for bucket in sizes:
+        capture_now(rich, bucket)
+    assert rich.num_graphs == 10
+    rich.choose(sizes[0])  # The next one is now the least recently used.
+    for bucket in sizes:
+        capture_now(poor, bucket)
+    assert abs(rich.num_graphs - poor.num_graphs) <= 1
+    assert rich.find(sizes[0]) is not None
+    assert rich.find(sizes[1]) is None
+    assert pool.used_bytes <= 1000 + 10 * (rich.num_graphs + poor.num_graphs)
+
+
+def test_stopped_pool_captures_nothing() -> None:
+    pool = idle_pool()
+    rich, poor = member(pool, [], "rich"), member(pool, [], "poor")
+    for rows in range(1, 5):
+        capture_now(rich, Bucket(rows, rows, 1, 65536))
+    pool.stop()
+    assert poor.next_of(BUCKET) is None
+    assert rich.num_graphs == 4
 
 
 def idle_pool(limit_bytes: int = 1000) -> GraphPool:
@@ -333,3 +317,30 @@ def test_cuda_graphs_of_others_survive_a_model_that_synchronises(caplog: pytest.
     torch.cuda.empty_cache()  # refused while torch believes in a capture under way
     for graphs in (*others, refused):
         graphs.close()
+
+
+@pytest.mark.gpu
+def test_graph_that_is_released_while_it_runs_ends_its_work() -> None:
+    device = torch.device("cuda", 0)
+    pool = GraphPool(device, enabled=True)
+    out = torch.zeros(1 << 24, device=device)
+
+    def adds(bucket: Bucket) -> torch.Tensor:
+        for _ in range(100):
+            out.add_(bucket.num_rows)
+        return out[: bucket.num_rows]
+
+    graphs = ModelGraphs("adds", pool, lambda: None, adds, lambda: True)
+    sizes = [Bucket(rows, rows, 1, 65536) for rows in (1, 2)]
+    assert all(capture_now(graphs, bucket) for bucket in sizes)
+    torch.cuda.synchronize()
+    out.zero_()
+    for bucket in sizes:
+        assert graphs.choose(bucket).replay == bucket
+        graphs.run(bucket)
+    graphs.release_oldest()
+    assert graphs.find(sizes[0]) is None
+    assert graphs.num_graphs == 1
+    graphs.run(sizes[1])
+    assert out[-1].item() == 100 * (1 + 2 + 2)
+    graphs.close()

@@ -14,6 +14,11 @@ CONTEXT_TOKENS = (1024, 4096, 16384, 65536, 262144, 1048576, 4194304)
 
 _ANY_ROWS_TOKENS = 64  # Up to here the cost of a token's logits is not measurable.
 _LIKELY_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# Steps of these sizes take about as long as smaller ones, because the time to read the weights dominates.
+_FREE_ROWS, _FREE_TOKENS = 64, 256
+_WIDE_ROWS, _WIDE_CONTEXT = (16, 64), 4096
+_WIDE_TOKENS = (256, 512, 1024)
+_MOST_CONTEXT_PADDING = 4  # A row's keys are divided among more programs than they need.
 
 
 def bucket_of(
@@ -39,8 +44,33 @@ def standard() -> tuple[Bucket, ...]:
     others = [_decode(rows, context) for rows in DECODE_ROWS if rows not in _LIKELY_ROWS]
     many = [_mixed(tokens, MIXED_ROWS[-1]) for tokens in MIXED_TOKENS]
     few = [_mixed(tokens, MIXED_ROWS[0]) for tokens in MIXED_TOKENS if tokens > _ANY_ROWS_TOKENS]
-    # First a single request with a prompt of up to 384 tokens, then many that arrive one after another.
-    return (likely[0], *many[:3], *few[:4], *likely[1:], *many[3:], *few[4:], *others)
+    wide = [_decode(rows, _WIDE_CONTEXT) for rows in _WIDE_ROWS]
+    wide += [_mixed(tokens, MIXED_ROWS[-1]) for tokens in _WIDE_TOKENS]
+    # First a single request and what covers most other steps, then a single prompt of up to 384 tokens, then many that arrive one after another.
+    first = (likely[0], wide[2], wide[0], wide[4], many[2], few[0], few[2], few[3])
+    return tuple(dict.fromkeys((*first, *many, *few[:4], *wide, *likely, *few, *others)))
+
+
+def covers(graph: Bucket, step: Bucket) -> bool:
+    """Whether the graph of one bucket may run a step of another: the step exceeds none of its sizes, and the padding takes less time than a pass without
+    a graph."""
+    is_decode = step.max_query_len == 1
+    if (graph.max_query_len == 1) != is_decode or graph.adapted != step.adapted:
+        return False
+    if any(size < needed for size, needed in zip(graph[:4], step[:4], strict=True)):
+        return False
+    if graph.max_context_len > _MOST_CONTEXT_PADDING * step.max_context_len:
+        return False
+    return graph.num_tokens <= max(_FREE_ROWS if is_decode else _FREE_TOKENS, 2 * step.num_tokens)
+
+
+def wide(bucket: Bucket) -> Bucket:
+    """Return a bucket that covers this one and most others of its kind, for a model whose graphs have little memory."""
+    if bucket.max_query_len == 1:
+        rows = _at_least(_WIDE_ROWS, bucket.num_rows) or bucket.num_rows
+        return _decode(rows, max(bucket.max_context_len, _WIDE_CONTEXT))._replace(adapted=bucket.adapted)
+    tokens = _at_least(_WIDE_TOKENS, bucket.num_tokens) or bucket.num_tokens
+    return _mixed(tokens, MIXED_ROWS[-1])._replace(adapted=bucket.adapted)
 
 
 def _decode(rows: int, context: int) -> Bucket:

@@ -4,6 +4,10 @@ Idle turns of the engine loop capture the buckets that steps have requested; the
 capture each resident model's likely buckets, starting with the model that has the fewest graphs. One turn either runs a bucket once or records
 it, so a request waits for at most one of these. If the engine is never idle, a bucket is captured before a step after EAGER_USES eager uses.
 
+A step whose bucket has no graph runs in a larger bucket's graph where the padding costs less than a pass without one. A graph of 8B takes about 18 MiB,
+so the memory of all graphs holds few of each model if many are loaded. Once half of it is used, only steps that no graph covers lead to a capture,
+and of a wide bucket, which covers many. If all of it is used, the model with the most graphs gives up the one that it has not used for longest.
+
 Which bucket is captured when is decided on rank 0 of a tensor-parallel group, and the other ranks follow: a pass waits for all ranks. A rank
 without the graph of a step runs the same padded pass without it.
 
@@ -21,13 +25,15 @@ from dataclasses import dataclass
 import torch
 
 from runtime.engine.interfaces import Bucket, GraphCapture, GraphChoice
+from runtime.engine.model.run.buckets import covers
 
 _LOG = logging.getLogger(__name__)
 
 EAGER_USES = 4  # A capture takes as long as two or three eager steps.
+COVERED_USES = 32  # It takes as long as the padding of about this many steps in another bucket's graph.
 POOL_LIMIT_BYTES = 2 << 30
 _LARGEST_GRAPH_BYTES = 512 << 20  # Memory beyond this was allocated by other threads during the capture.
-LIKELY_SHARE = 0.5  # share of the limit that graphs of likely buckets may use
+LIKELY_SHARE = 0.5  # share of the limit that graphs of likely buckets, and of buckets with a cover, may use
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +76,29 @@ class GraphPool:
     def full(self) -> bool:
         return self.used_bytes >= self._limit_bytes
 
+    @property
+    def has_spare(self) -> bool:
+        """Whether there is memory for graphs that no step needs, because another graph covers it."""
+        return self.used_bytes < LIKELY_SHARE * self._limit_bytes
+
     def stop(self) -> None:
         """Stop capturing, after the device ran out of memory."""
         self._limit_bytes = 0
+
+    def has_room(self, graphs: "ModelGraphs") -> bool:
+        """Whether `make_room` would find memory for another graph of a model."""
+        return not self.full or (self._limit_bytes > 0 and self._with_most(graphs) is not None)
+
+    def make_room(self, graphs: "ModelGraphs") -> None:
+        """Release graphs of models that have at least two more than this one, until there is memory for a graph or no such model is left."""
+        while self.full and (other := self._with_most(graphs)) is not None:
+            other.release_oldest()
+
+    def _with_most(self, graphs: "ModelGraphs") -> "ModelGraphs | None":
+        """Return the model with the most graphs if it would still have more than `graphs` has, after giving one up."""
+        with self._joining:
+            most = max(self._members, key=lambda member: member.num_graphs, default=None)
+        return most if most is not None and most.num_graphs > graphs.num_graphs + 1 else None
 
     def join(self, graphs: "ModelGraphs") -> None:
         with self._joining:
@@ -101,7 +127,7 @@ class GraphPool:
             if (capture := graphs.next_of(bucket)) is not None:
                 return capture
             self._wanted.popleft()
-        if self.used_bytes < LIKELY_SHARE * self._limit_bytes:
+        if self.has_spare:
             for graphs in sorted(self._members, key=lambda member: member.num_graphs):
                 bucket_ahead = graphs.ahead()
                 if bucket_ahead is not None and (capture := graphs.next_of(bucket_ahead)) is not None:
@@ -187,7 +213,10 @@ class ModelGraphs:
         self._run = run
         self._ready = ready
         self._likely = deque(likely)
-        self._graphs: dict[Bucket, StepGraph] = {}
+        self._graphs: dict[Bucket, StepGraph] = {}  # least recently used first
+        self._covers: dict[
+            Bucket, Bucket | None
+        ] = {}  # buckets without a graph → the smallest one whose graph they may use
         self._uses: dict[Bucket, int] = {}
         self._warmed_up: Bucket | None = None
         if pool.enabled:
@@ -207,18 +236,32 @@ class ModelGraphs:
             self._likely.popleft()
         return self._likely[0] if self._likely else None
 
-    def choose(self, bucket: Bucket) -> GraphChoice:
-        """Count a use of `bucket`, and choose how its step runs."""
+    def choose(self, bucket: Bucket, wide: Bucket | None = None) -> GraphChoice:
+        """Count a use of `bucket`, and choose how its step runs. `wide`: covers it and other buckets; captured instead if memory is short."""
         if self._refused or not self._pool.enabled or not self._ready():
             return GraphChoice()
         if bucket in self._graphs:
-            return GraphChoice(replay=bucket)
-        uses = self._uses[bucket] = self._uses.get(bucket, 0) + 1
+            return self._replay(bucket)
+        cover = self._cover(bucket)
+        if cover is not None and not self._pool.has_spare:
+            return self._replay(cover)
+        wanted = bucket if wide is None or self._pool.has_spare else wide
+        uses = self._uses[wanted] = self._uses.get(wanted, 0) + 1
         if uses == 2:
-            self._pool.want(self, bucket)
-        if uses > EAGER_USES and self._possible(bucket):
-            return GraphChoice(capture=bucket)
-        return GraphChoice()
+            self._pool.want(self, wanted)
+        if uses > (EAGER_USES if cover is None else COVERED_USES) and self._possible(wanted):
+            return GraphChoice(capture=wanted)
+        return GraphChoice() if cover is None else self._replay(cover)
+
+    def _replay(self, bucket: Bucket) -> GraphChoice:
+        self._graphs[bucket] = self._graphs.pop(bucket)
+        return GraphChoice(replay=bucket)
+
+    def _cover(self, bucket: Bucket) -> Bucket | None:
+        """Return the smallest bucket whose graph may run a step of `bucket`, or None."""
+        if bucket not in self._covers:
+            self._covers[bucket] = min((graph for graph in self._graphs if covers(graph, bucket)), default=None)
+        return self._covers[bucket]
 
     def find(self, bucket: Bucket) -> StepGraph | None:
         """Return the graph that a step may replay now, or None if there is none or the weights are absent."""
@@ -240,7 +283,7 @@ class ModelGraphs:
         return GraphCapture(self._name, bucket, record=self._warmed_up == bucket)
 
     def _possible(self, bucket: Bucket) -> bool:
-        if bucket in self._graphs or self._refused or self._pool.full:
+        if bucket in self._graphs or self._refused or not self._pool.has_room(self):
             return False
         if not self._ready():
             self._uses[bucket] = 0  # Steps request it again when the weights return.
@@ -267,7 +310,10 @@ class ModelGraphs:
 
     def _record_once(self, bucket: Bucket) -> None:
         self._warmed_up = None
-        if bucket not in self._graphs and not self._refused and not self._pool.full and self._have_arrived():
+        if bucket in self._graphs or self._refused or not self._have_arrived():
+            return
+        self._pool.make_room(self)
+        if not self._pool.full:
             self._attempt(self._record, bucket)
 
     def _have_arrived(self) -> bool:
@@ -285,6 +331,7 @@ class ModelGraphs:
 
     def _record(self, bucket: Bucket) -> None:
         self._graphs[bucket] = self._pool.record(lambda: self._run(bucket))
+        self._covers.clear()
 
     def _attempt(self, work: Callable[[Bucket], None], bucket: Bucket) -> bool:
         """Run `work`. No request depends on these passes, so an error disables graphs and fails nothing else."""
@@ -302,6 +349,13 @@ class ModelGraphs:
         self._refused = True
         _LOG.warning("model %s runs without CUDA graphs: %s", self._name, error)
 
+    def release_oldest(self) -> None:
+        """Release the graph that was not used for longest. The driver keeps it until its last replay has ended."""
+        bucket = next(iter(self._graphs))
+        self._pool.give_back(self._graphs.pop(bucket))
+        self._covers.clear()
+        self._uses.pop(bucket, None)
+
     def close(self) -> None:
         """Release the graphs after the device has finished with them."""
         self._pool.forget(self)
@@ -310,6 +364,7 @@ class ModelGraphs:
         for graph in self._graphs.values():
             self._pool.give_back(graph)
         self._graphs.clear()
+        self._covers.clear()
         self._refused = True
         # These are bound methods of the runner. The cycle would keep the runner alive until a full garbage collection.
         del self._run, self._blank, self._ready

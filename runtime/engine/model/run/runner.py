@@ -18,7 +18,7 @@ from runtime.engine.kernels.adapters import sample_chunks, token_chunks
 from runtime.engine.kernels.argmax import draw_largest, largest
 from runtime.engine.kernels.inputs import build_inputs, commit_draws
 from runtime.engine.model.run.adapters import StepAdapters
-from runtime.engine.model.run.buckets import bucket_of, standard
+from runtime.engine.model.run.buckets import bucket_of, standard, wide
 from runtime.engine.model.run.cuda_graphs import ModelGraphs
 from runtime.engine.model.run.device_state import DeviceState
 from runtime.engine.model.run.input_buffers import StepShape
@@ -91,7 +91,8 @@ class ModelRunner:
         if bucket is None:
             return GraphChoice()
         bucket = bucket._replace(adapted=bool(plan.adapters))
-        return self._graphs.choose(bucket.within(self._state.max_rows, self._state.max_tokens))
+        rows, tokens = self._state.max_rows, self._state.max_tokens
+        return self._graphs.choose(bucket.within(rows, tokens), wide(bucket).within(rows, tokens))
 
     def has_graph(self, bucket: Bucket) -> bool:
         return self._graphs.find(bucket) is not None
