@@ -6,6 +6,7 @@ from runtime.api.anthropic.as_chat import as_chat
 from runtime.api.anthropic.events import MessageEvents
 from runtime.api.anthropic.responses import ErrorAnswer, Message, TokenCount, error_body, message
 from runtime.api.anthropic.types import MessagesBody, PromptBody
+from runtime.api.anthropic.unknown_fields import unknown_in_blocks
 from runtime.api.openai.chat_prepare import prepare_chat, render_prompt
 from runtime.api.openai.context import json_response, model_of, read_body
 from runtime.api.openai.stream import send_events
@@ -36,6 +37,7 @@ class Messages:
     async def _post(self, request: web.Request) -> web.StreamResponse:
         parsed = await read_body(request, MessagesBody)
         body = parsed.body
+        parsed = parsed.with_unknown(unknown_in_blocks(body))
         model = model_of(request, self._directory, body.model)
         # Clients ask for the output limit of the model that they were made for.
         chat = await prepare_chat(model, as_chat(body), cut_to_context=True, format_param="output_config.format")
@@ -53,4 +55,4 @@ class Messages:
         model = model_of(request, self._directory, parsed.body.model)
         chat = as_chat(parsed.body)
         _, prompt = await render_prompt(model, chat, plan_tools(model, chat.tools, chat.tool_choice))
-        return json_response(TokenCount(len(prompt)), parsed.warning)
+        return json_response(TokenCount(len(prompt)), parsed.with_unknown(unknown_in_blocks(parsed.body)).warning)

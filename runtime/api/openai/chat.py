@@ -4,6 +4,7 @@ from aiohttp import web
 
 from runtime.api.openai.chat_prepare import PreparedChat, prepare_chat
 from runtime.api.openai.chunks import CHAT_DELTAS, EventChunks, Head, StreamUsage
+from runtime.api.openai.content_parts import unknown_in_parts
 from runtime.api.openai.context import adapted_model_of, json_response, new_id, now, read_body, run_large
 from runtime.api.openai.responses import Answer, ChatChoice, chat_choice, usage
 from runtime.api.openai.stream import send_events
@@ -26,7 +27,12 @@ class ChatCompletions:
         model = adapted_model_of(request, self._directory, body)
         chat = await prepare_chat(model, body)
         requests, make_parser = chat.requests, chat.make_parser
-        warning = parsed.with_unknown(unknown_in_format(body.response_format)).warning_with(chat.notes)
+        in_parts = (
+            name
+            for index, turn in enumerate(body.messages)
+            for name in unknown_in_parts(f"messages.{index}.content", turn.content)
+        )
+        warning = parsed.with_unknown((*in_parts, *unknown_in_format(body.response_format))).warning_with(chat.notes)
         shown_name = body.model or model.name
         if body.stream:
             head = Head(new_id("chatcmpl"), "chat.completion.chunk", now(), shown_name)

@@ -4,6 +4,7 @@ from typing import Any
 
 import msgspec
 
+from runtime.api.openai.content_parts import unknown_in_parts, unknown_names
 from runtime.api.openai.types import ChatBody, ChatTurn, HistoryCall, HistoryFunction
 from runtime.api.openai_responses.types import ResponsesBody
 from runtime.errors import InvalidRequest, NotSupported
@@ -57,12 +58,13 @@ def notes_of(body: ResponsesBody) -> tuple[str, ...]:
 def unknown_in_items(body: ResponsesBody) -> list[str]:
     """Return the paths of fields inside items that the API does not have."""
     items = [] if isinstance(body.input, str) else body.input
-    return [
-        f"input.{index}.{name}"
-        for index, item in enumerate(items)
-        for name, value in item.items()
-        if name not in _ITEM_FIELDS and value is not None
-    ]
+    found: list[str] = []
+    for index, item in enumerate(items):
+        path = f"input.{index}"
+        found += (f"{path}.{name}" for name in unknown_names(item, _ITEM_FIELDS))
+        for field in ("content", "output", "summary"):
+            found += unknown_in_parts(f"{path}.{field}", item.get(field))
+    return found
 
 
 def _refuse_unsupported(body: ResponsesBody) -> None:

@@ -97,6 +97,60 @@ async def test_unknown_fields_are_escaped_in_the_log(server: Server, caplog: pyt
     assert line == "unknown fields were ignored: a?2026?INFO?forged??2J, " + "b" * 64
 
 
+TURN: dict[str, Any] = {
+    "role": "user",
+    "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "mood": 1, "x": None}],
+}
+OUTPUT = [{"type": "input_text", "text": "a", "mood": 1}]
+RESULT = {"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "a", "mood": 1}]}
+TOOL_USE: dict[str, Any] = {
+    "type": "tool_use",
+    "id": "t",
+    "name": "f",
+    "input": {},
+    "mood": 1,
+    "cache_control": {"type": "ephemeral"},
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "names"),
+    [
+        ("/v1/chat/completions", {"messages": [USER, TURN]}, "messages.1.content.1.mood"),
+        ("/v1/responses", {"input": [{"role": "user", "content": OUTPUT}]}, "input.0.content.0.mood"),
+        (
+            "/v1/responses",
+            {"input": [{"type": "function_call_output", "call_id": "c", "output": OUTPUT}]},
+            "input.0.output.0.mood",
+        ),
+        ("/v1/messages", {"max_tokens": 5, "messages": [TURN]}, "messages.0.content.1.mood"),
+        (
+            "/v1/messages",
+            {
+                "max_tokens": 5,
+                "system": TURN["content"],
+                "messages": [USER, {"role": "assistant", "content": [TOOL_USE]}],
+            },
+            "system.1.mood, messages.1.content.0.mood",
+        ),
+        (
+            "/v1/messages/count_tokens",
+            {"messages": [{"role": "user", "content": [RESULT]}]},
+            "messages.0.content.0.content.0.mood",
+        ),
+    ],
+)
+async def test_unknown_fields_of_content_parts_are_named(
+    server: Server, path: str, body: dict[str, Any], names: str
+) -> None:
+    async with (
+        aiohttp.ClientSession() as http,
+        http.post(f"{server.url}{path}", json={"model": "m1", **body}) as response,
+    ):
+        assert response.status == 200, await response.text()
+        assert response.headers["Warning"] == f'299 repertory "unknown fields were ignored: {names}"'
+
+
 @pytest.mark.parametrize(
     ("content", "status"),
     [
