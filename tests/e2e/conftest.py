@@ -1,4 +1,4 @@
-"""A whole Repertory as processes, once a module, and what Hugging Face says to the same prompts."""
+"""A whole Repertory as processes, once for all modules of a worker, and what Hugging Face says to the same prompts."""
 
 import json
 from collections.abc import Iterator
@@ -22,15 +22,16 @@ _GUARDS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Three checkpoints with different weights, so that an answer shows which model gave it."""
     base = tmp_path_factory.mktemp("models")
     return {name: tiny_llama(base / name, seed) for seed, name in enumerate(("ada", "bob", "cyd"))}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stack.Stack]:
+    """Shared: modules register names of their own, or those of `models` at the paths of `models`."""
     log = tmp_path_factory.mktemp("log") / "serve.log"
     with stack.serve("--device", "cpu", "--memory", "64MiB", log=log) as running:
         yield running
