@@ -120,7 +120,7 @@ def test_twin_is_the_dense_delta(
     torch.testing.assert_close(y.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)])
 @pytest.mark.parametrize(("rows", "inputs", "widths", "first_module"), CASES)
 @pytest.mark.parametrize("scratch", [False, True])
 def test_kernel_equals_twin(

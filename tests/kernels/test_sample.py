@@ -67,7 +67,7 @@ def test_kernel_equals_twin(vocab: int, dtype: torch.dtype, device: torch.device
 @pytest.mark.parametrize("sorts", [False, True])
 @pytest.mark.parametrize("where", ["one", "all"])
 def test_row_without_a_finite_maximum_draws_no_token(bad: float, sorts: bool, where: str, device: torch.device) -> None:
-    rules = RULES if sorts else RULES[:4]
+    rules = RULES[5:10] if sorts else RULES[:4]
     made, n = tables(rules, device), len(rules)
     logits = torch.stack([torch.linspace(-6, 6, 3001)[torch.randperm(3001)] for _ in range(n)]).to(device)
     spoilt = logits.clone()

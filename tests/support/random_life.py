@@ -3,6 +3,8 @@
 import random
 from collections.abc import Callable
 
+import pytest
+
 from runtime.engine.interfaces import Drafter, KvGeometry
 from runtime.engine.operations import Operation
 from runtime.types import LogprobParams, Pooling, SamplingParams
@@ -28,6 +30,11 @@ def random_specs(rng: random.Random) -> dict[str, FakeSpec]:
             latency_polls=rng.choice((0, 1, 50)),
         )
     return made
+
+
+def seeds_of_long_runs(first: int, end: int) -> list[object]:
+    """Return the seeds of lives that run only with --long, from `first` up to `end`, as cases of a parametrised test."""
+    return [pytest.param(seed, marks=pytest.mark.long) for seed in range(first, end)]
 
 
 def run_life(

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.generation.format_parser import FormatParser, ParserOptions
@@ -57,6 +57,7 @@ def test_parser_reads_every_format(written: Written, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", OUTPUTS)
+@settings(max_examples=40)  # for each of 48 cases
 @given(data=st.data())
 def test_parser_gives_equal_parts_for_any_pieces(name: str, mode: str, data: st.DataObject) -> None:
     written, options = OUTPUTS[name], MODES[mode]

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_parsing import ResponseParser, parse_response
 
@@ -73,6 +73,7 @@ def test_parser_reads_what_the_template_describes(name: str, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", WRITTEN)
+@settings(max_examples=40)  # for each case
 @given(data=st.data())
 def test_parser_gives_equal_parts_for_any_pieces(name: str, mode: str, data: st.DataObject) -> None:
     text = WRITTEN[name][0]

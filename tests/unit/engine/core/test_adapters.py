@@ -8,7 +8,7 @@ from runtime.ipc.messages import LoadFailed
 from runtime.types import FinishReason
 from tests.support.engine_stage import Stage
 from tests.support.fake_backend import FakeAdapterSpec, FakeBackend, FakeSpec
-from tests.support.random_life import run_life
+from tests.support.random_life import run_life, seeds_of_long_runs
 
 KV = KvGeometry(4, 4, 8, 2, 256, 64)
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12, 13]
@@ -316,7 +316,7 @@ def test_figures_of_an_adapter() -> None:
     stage.close()
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", [*range(12), *seeds_of_long_runs(12, 24)])
 def test_random_lives_with_adapters(seed: int) -> None:
     stage = run_life(seed, 150, adapters=True, varied=True, faults=seed % 2 == 0)
     stage.check_all()

@@ -10,7 +10,7 @@ from runtime.types import FinishReason, LogprobParams
 from tests.support.drafting import FakeDrafter
 from tests.support.engine_stage import Stage
 from tests.support.fake_backend import FakeBackend, FakeSpec
-from tests.support.random_life import run_life
+from tests.support.random_life import run_life, seeds_of_long_runs
 
 TOKENS = st.integers(0, 2)
 
@@ -53,7 +53,7 @@ def test_drafts_end_at_a_stop_among_them() -> None:
     made.close()
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(6), *seeds_of_long_runs(6, 12)])
 def test_random_lives_with_drafts_and_grammars(seed: int) -> None:
     made = run_life(seed, 250, varied=True, drafter=FakeDrafter(("ada", "bob", "cyd"), 40))
     made.check_all()

@@ -8,11 +8,11 @@ from runtime.engine.interfaces import KvGeometry
 from runtime.types import FinishReason
 from tests.support.engine_stage import Stage
 from tests.support.fake_backend import FakeBackend, FakeSpec
-from tests.support.random_life import run_life
+from tests.support.random_life import run_life, seeds_of_long_runs
 
 
 # 32: models without KV room once preempted each other in turns
-@pytest.mark.parametrize("seed", [*range(16), 32])
+@pytest.mark.parametrize("seed", [*range(8), 32, *seeds_of_long_runs(8, 16)])
 def test_loop_random_life(seed: int) -> None:
     stage = run_life(seed, 500)
     stage.check_all()

@@ -14,7 +14,7 @@ from runtime.ipc.messages import Shutdown
 from runtime.types import FinishReason, LogprobParams, ReasoningBudget, SamplingParams
 from tests.support.engine_stage import Stage
 from tests.support.fake_backend import FakeBackend, FakeSpec
-from tests.support.random_life import run_life
+from tests.support.random_life import run_life, seeds_of_long_runs
 from tests.unit.engine.core.test_loop import stage
 
 
@@ -164,7 +164,7 @@ def test_masked_row_is_refused_without_mask_sources() -> None:
     made.close()
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(6), *seeds_of_long_runs(6, 12)])
 def test_random_lives_with_grammars(seed: int) -> None:
     made = run_life(seed, 250, varied=True)
     made.check_all()
