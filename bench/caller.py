@@ -178,10 +178,17 @@ class Caller:
             found = json.loads(text)
             return _outcome([f"{found['answer']} {found['id']}"], [f"{sending.model} {number}"])
         events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
-        if events and "error" in events[-1]:
-            return Outcome.CUT
+        if events and (error := _error_of(events[-1])):
+            return error
         expected = [json.dumps({"model": sending.model, "n": index}) for index in range(_CHUNKS)]
         return _outcome(events, [*expected, "[DONE]"])
+
+
+def _error_of(event: str) -> str:
+    """Return the outcome of a stream that ended with an error event; empty for other events."""
+    if event == "[DONE]" or (error := json.loads(event).get("error")) is None:
+        return ""
+    return f"STREAM {error.get('code') or error.get('type')}"
 
 
 def _outcome(answers: Sequence[object], expected: Sequence[object]) -> Outcome:

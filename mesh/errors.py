@@ -101,5 +101,13 @@ class StoreError(Unavailable):
     pass
 
 
+class StoreRefused(StoreError):
+    """The store answered that it does not do what was asked. `status`: the name of the gRPC status of its answer."""
+
+    def __init__(self, detail: str, *, status: str) -> None:
+        super().__init__(detail)
+        self.status = status
+
+
 class StoreUncertain(StoreError):
     pass

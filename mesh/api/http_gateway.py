@@ -24,7 +24,7 @@ from mesh.observability.metrics import Metrics
 from mesh.registry.registry import Registry
 from mesh.routing.attempts import Attempts, RoutingRequest
 from mesh.routing.router import CopyRouter
-from mesh.types import ModelStatuses
+from mesh.types import ModelStatus, ModelStatuses
 
 _FIRST_COMMENT_S = 0.2  # an error that is known at once still gets its own status
 
@@ -88,7 +88,8 @@ class HttpGateway:
             self._router.attempts(routing) as attempts,
             HttpForwarder(self._connections, self._peers, forwarded) as forwarder,
         ):
-            keep_alive = self._keep_alive(request, record, attempts) if wants_events else None
+            # The pod that the client called sends the comments: one from here would keep that pod from asking another one.
+            keep_alive = self._keep_alive(request, record, attempts) if wants_events and not from_peer else None
             try:
                 return await self._answer(request, record, attempts, forwarder, keep_alive)
             except MeshError as error:
@@ -131,10 +132,14 @@ class HttpGateway:
             request,
             record.request_id,
             lambda: self._comment(attempts.model_id),
-            is_waiting=lambda: attempts.is_waiting,
+            is_waiting=lambda: attempts.is_waiting or self._is_loading(attempts.model_id),
             first_after_s=_FIRST_COMMENT_S,
             every_s=self._keep_alive_s,
         )
+
+    def _is_loading(self, model_id: str) -> bool:
+        """Return whether requests wait for the model at the pod that loads it."""
+        return self._states.status(model_id).status is not ModelStatus.LOADED
 
     def _comment(self, model_id: str) -> str:
         """Return the load's state and progress, such as `pulling 42 % of the files`."""

@@ -70,7 +70,8 @@ class EtcdStore:
 
     async def put(self, key: str, value: bytes, *, lease: Lease | None = None) -> int:
         request = pb.PutRequest(key=encode_key(key), value=value, lease=lease.id if lease else 0)
-        return (await self._connection.call(PUT, request)).header.revision
+        with self._leases.noticing_lost([request.lease]):
+            return (await self._connection.call(PUT, request)).header.revision
 
     async def delete(self, key: str) -> bool:
         return (await self._connection.call(DELETE, pb.DeleteRangeRequest(key=encode_key(key)))).deleted > 0
@@ -81,7 +82,8 @@ class EtcdStore:
             success=[_operation(write) for write in writes],
             failure=[pb.RequestOp(request_range=pb.RangeRequest(key=encode_key(compare.key))) for compare in compares],
         )
-        answer = await self._connection.call(TXN, request)
+        with self._leases.noticing_lost(write.lease_id for write in writes if isinstance(write, Put)):
+            answer = await self._connection.call(TXN, request)
         if answer.succeeded:
             return TxnResult(succeeded=True, revision=answer.header.revision)
         ranges = [response.response_range for response in answer.responses]

@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import grpc
 
 from common.watched_files import WatchedFiles
-from mesh.errors import InvalidRequest, StoreError, StoreUncertain
+from mesh.errors import InvalidRequest, StoreError, StoreRefused, StoreUncertain
 from mesh.store.location import EtcdLocation
 from wire import etcd_pb2 as pb
 
@@ -120,7 +120,10 @@ class EtcdConnection:
             await channel.close(None)
 
     async def call(self, method: Method[Answer], request: Message) -> Answer:
-        """Call a unary method. Raises StoreError if nothing was changed, StoreUncertain if a write may have been applied."""
+        """Call a unary method. Raises StoreError if nothing was changed, StoreUncertain if a write may have been applied.
+
+        StoreRefused is the StoreError for an answer of etcd that is not one of an outage.
+        """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._call_timeout_s
         refreshed = False
@@ -142,8 +145,9 @@ class EtcdConnection:
                     grpc.StatusCode.DEADLINE_EXCEEDED,
                     grpc.StatusCode.CANCELLED,
                 ):
-                    raise StoreError(
-                        f"store: etcd refused {method.path}: {error.code().name}: {error.details()}"
+                    raise StoreRefused(
+                        f"store: etcd refused {method.path}: {error.code().name}: {error.details()}",
+                        status=error.code().name,
                     ) from None
                 self._switch_endpoint(endpoint)
                 never_sent = error.details() == "etcdserver: no leader"

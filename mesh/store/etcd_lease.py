@@ -5,10 +5,11 @@ A lease is lost when etcd reports its end, or when its time has passed without a
 
 import asyncio
 import logging
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from mesh.errors import StoreError
+from mesh.errors import StoreError, StoreRefused
 from mesh.store.etcd_connection import EtcdConnection, Method, Stream
 from mesh.store.protocol import Lease
 from wire import etcd_pb2 as pb
@@ -19,6 +20,7 @@ GRANT = Method("/etcdserverpb.Lease/LeaseGrant", pb.LeaseGrantResponse.FromStrin
 REVOKE = Method("/etcdserverpb.Lease/LeaseRevoke", pb.LeaseRevokeResponse.FromString, repeatable=True)
 KEEP_ALIVE = Method("/etcdserverpb.Lease/LeaseKeepAlive", pb.LeaseKeepAliveResponse.FromString)
 
+_NO_LEASE = "NOT_FOUND"  # etcd's answer to a write or a revocation under a lease that it does not have
 RENEWALS_PER_TTL = 4
 RECONNECT_PAUSE_S = 0.2
 
@@ -51,9 +53,20 @@ class LeaseKeeper:
         self._leases.pop(lease.id, None)
         try:
             await self._connection.call(REVOKE, pb.LeaseRevokeRequest(ID=lease.id))
-        except StoreError as error:
-            if "NOT_FOUND" not in error.message:
+        except StoreRefused as error:
+            if error.status != _NO_LEASE:
                 raise
+
+    @contextmanager
+    def noticing_lost(self, lease_ids: Iterable[int]) -> Iterator[None]:
+        """Take etcd's refusal of a write in the body as the loss of these leases, which the next renewal would show seconds later."""
+        try:
+            yield
+        except StoreRefused as error:
+            if error.status == _NO_LEASE:
+                for lease_id in {*lease_ids} & self._leases.keys():
+                    self._lose(lease_id, "etcd does not have it")
+            raise
 
     async def close(self) -> None:
         if self._task is not None:

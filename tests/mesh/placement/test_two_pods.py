@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from mesh.types import ModelStatus
 from tests.support.etcd import EtcdServer
 from tests.support.fake_runtime import MB, Switches
 from tests.support.pods import RunningPod, running_pod
@@ -25,7 +26,7 @@ async def pods(tmp_path: Path, etcd: EtcdServer) -> AsyncIterator[tuple[RunningP
     store = f"{etcd.url}/{uuid.uuid4().hex}"
     async with (
         running_pod(tmp_path / "a", store=store, keep_alive_s=0.1) as a,
-        running_pod(tmp_path / "b", store=store) as b,
+        running_pod(tmp_path / "b", store=store, keep_alive_s=0.1) as b,
     ):
         await until(lambda: all(len(pod.pod.registry.instances.live()) == 2 for pod in (a, b)))
         yield a, b
@@ -248,3 +249,26 @@ async def test_two_pods_load_an_adapter_where_its_base_is_or_fits(tmp_path: Path
         assert (set(a.runtime.loaded), set(b.runtime.loaded)) == (set(), {ids["base"], ids["legal"]})
         records = [a.pod.registry.models.get(model_id) for model_id in ids.values()]
         assert [record.failed_in for record in records if record is not None] == [{}, {}, {}], "no pod tried in vain"
+
+
+async def test_two_pods_answer_a_stream_that_waited_at_a_pod_whose_runtime_then_refuses(
+    pods: tuple[RunningPod, RunningPod],
+) -> None:
+    """The comments come from the pod that the client called, so that the response of the other one has not begun."""
+    a, b = pods
+    await a.register("m")
+    gate = b.runtime.switches.load_gate = asyncio.Event()
+    b.runtime.switches.unavailable = 1000
+    await b.pod.placement.ensure_loaded("m", local_only=True)
+    await until(lambda: a.pod.states.status("m").status is ModelStatus.LOADING)
+    async with a.http.post("/v1/completions", json={"model": "m", "stream": True}) as answer:
+        seen = b""
+        while seen.count(b"\n\n") < 5:  # the other pod would have begun to send its own
+            seen += await answer.content.readany()
+        assert seen.startswith(b": ")
+        gate.set()
+        text = (seen + await answer.read()).decode()
+    assert b.runtime.refusals
+    assert "error" not in text
+    assert text.endswith("data: [DONE]\n\n")
+    assert a.runtime.calls["m"] == 1

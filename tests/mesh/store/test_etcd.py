@@ -17,7 +17,7 @@ from mesh.store.etcd_lease import KEEP_ALIVE
 from mesh.store.factory import store_at
 from mesh.store.leased_key import LeasedKey
 from mesh.store.location import EtcdLocation, parse_store
-from mesh.store.protocol import Compare, Delete, EntryDeleted, EntryPut, Put, Relisted, WatchEvent
+from mesh.store.protocol import ABSENT, Compare, Delete, EntryDeleted, EntryPut, Put, Relisted, WatchEvent
 from tests.support.etcd import EtcdServer, free_port
 from tests.support.waiting import until_async
 from wire import etcd_pb2 as pb
@@ -286,6 +286,33 @@ async def test_leased_key_is_put_again_after_a_lost_lease(etcd: EtcdServer, root
             assert lease.lost.is_set()
             await key.remove()
             assert isinstance((await take(events, 1))[0], EntryDeleted)
+
+
+async def test_lease_is_lost_with_the_first_write_that_etcd_refuses(etcd: EtcdServer, root: str) -> None:
+    """The next renewal would come after 15 s."""
+    async with opened(etcd.endpoint) as store, opened(etcd.endpoint) as other:
+        leases = [await store.grant(60) for _ in range(3)]
+        for lease in leases[:2]:
+            await other.revoke(lease)
+        with pytest.raises(StoreError, match="lease not found"):
+            await store.put(root + "a", b"1", lease=leases[0])
+        with pytest.raises(StoreError, match="lease not found"):
+            await store.txn([Compare(root + "b", mod_revision=ABSENT)], [Put(root + "b", b"1", leases[1].id)])
+        assert [lease.lost.is_set() for lease in leases] == [True, True, False]
+
+
+async def test_leased_key_is_set_again_after_etcd_lost_its_lease(etcd: EtcdServer, root: str) -> None:
+    async with opened(etcd.endpoint) as store, opened(etcd.endpoint) as other:
+        key = LeasedKey(store, root + "pod", ttl_s=60)
+        await key.set(b"1")
+        assert key.lease is not None
+        await other.revoke(key.lease)
+        with pytest.raises(StoreError):
+            await key.set(b"2")
+        was_held = key.is_held
+        await key.set(b"3")
+        assert (was_held, key.is_held) == (False, True)
+        await key.remove()
 
 
 async def test_lease_survives_a_restart_of_etcd(own_etcd: EtcdServer) -> None:
