@@ -5,6 +5,8 @@
 
 import msgspec
 
+from common.units import size
+
 
 class ModelFit(msgspec.Struct, frozen=True):
     """A prediction before a model is loaded.
@@ -33,3 +35,17 @@ class ModelFit(msgspec.Struct, frozen=True):
     stored_bytes: int = 0
     nf4_weight_bytes: int = 0
     num_devices: int = 1
+
+
+def unpacking_text(name: str, fit: ModelFit, smaller: str) -> str:
+    """Return a sentence on what the blocks of a GGUF file take once they are loaded; empty for files of which nothing is unpacked.
+
+    `smaller`: how the caller asks for NF4.
+    """
+    if not fit.unpacked_blocks:
+        return ""
+    advice = f"; {smaller} takes {size(fit.nf4_weight_bytes)}" if fit.nf4_weight_bytes else ""
+    return (
+        f"{name}: {size(fit.stored_bytes)} of {fit.unpacked_blocks} blocks are unpacked to {size(fit.weight_bytes)} when "
+        f"the model is loaded{advice}"
+    )

@@ -7,6 +7,7 @@ MIB = 1024**2
 GIB = 1024**3
 
 _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)b?\s*$", re.IGNORECASE)
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -26,3 +27,13 @@ def format_size(size_bytes: int) -> str:
         if size_bytes and size_bytes % unit == 0:
             return f"{size_bytes // unit}{name}"
     return str(size_bytes)
+
+
+def size(num_bytes: int) -> str:
+    """Return a rounded size such as `98 MiB`, or an empty string for 0."""
+    if num_bytes <= 0:
+        return ""
+    value, unit = float(num_bytes), 0
+    while value >= 1024 and unit < len(_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{value:.0f} {_UNITS[unit]}" if value >= 10 or unit == 0 else f"{value:.1f} {_UNITS[unit]}"

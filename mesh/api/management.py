@@ -1,12 +1,14 @@
 """Serves mmesh.ModelMesh, the management API, with ModelMesh's statuses and texts; proto/mmesh/model_mesh.proto specifies each rpc."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn, TypeVar
 
 import grpc
 
 from common.clock import epoch_ms
+from common.model_fit import ModelFit, unpacking_text
 from mesh.access.caller import current_caller
 from mesh.errors import InvalidRequest, LoadFailed, MeshError, NotFound, Unavailable
 from mesh.registry.models import entry_time_ms
@@ -20,7 +22,10 @@ from wire.mmesh import model_mesh_pb2_grpc as rpc
 
 MOVE_WAIT_S = 240.0
 GET_STATE_ID = "***GETSTATE***"
+_NF4 = '"quantize": "nf4" in its key'
 _NO_ID = "must provide non-empty modelId"
+
+_LOG = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -29,6 +34,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class ManagementService(rpc.ModelMeshServicer):
     """`check_info` raises InvalidRequest for a model that can never be loaded. `now_ms` is the wall clock.
 
+    `fit_of` returns what a model needs, or None if that is unknown; without it, registrations of GGUF files carry no warning.
     `move_wait_s`: how long setVModel with sync waits for a move.
     """
 
@@ -39,6 +45,7 @@ class ManagementService(rpc.ModelMeshServicer):
         states: ModelStatuses,
         *,
         check_info: Callable[[ModelInfo], None] = lambda _: None,
+        fit_of: Callable[[ModelInfo], Awaitable[ModelFit | None]] | None = None,
         now_ms: Callable[[], int] = epoch_ms,
         move_wait_s: float = MOVE_WAIT_S,
         read_only: bool = False,
@@ -47,12 +54,15 @@ class ManagementService(rpc.ModelMeshServicer):
         self._loader = loader
         self._states = states
         self._check_info = check_info
+        self._fit_of = fit_of
         self._now_ms = now_ms
         self._move_wait_s = move_wait_s
         self._read_only = read_only
 
     async def registerModel(self, request: pb.RegisterModelRequest, context: Context) -> pb.ModelStatusInfo:
-        return await _answered(self._register(request), context)
+        status = await _answered(self._register(request), context)
+        await self._warn_of_unpacking(request.modelId, request.modelInfo, context)
+        return status
 
     async def unregisterModel(self, request: pb.UnregisterModelRequest, context: Context) -> pb.UnregisterModelResponse:
         return await _answered(self._unregister(request), context)
@@ -64,7 +74,10 @@ class ManagementService(rpc.ModelMeshServicer):
         return await _answered(self._ensure_loaded(request), context)
 
     async def setVModel(self, request: pb.SetVModelRequest, context: Context) -> pb.VModelStatusInfo:
-        return await _answered(self._set_vmodel(request), context)
+        status = await _answered(self._set_vmodel(request), context)
+        if request.HasField("modelInfo"):
+            await self._warn_of_unpacking(request.targetModelId, request.modelInfo, context)
+        return status
 
     async def deleteVModel(self, request: pb.DeleteVModelRequest, context: Context) -> pb.DeleteVModelResponse:
         return await _answered(self._delete_vmodel(request), context)
@@ -84,6 +97,21 @@ class ManagementService(rpc.ModelMeshServicer):
         if request.loadNow:
             return _status(await self._load(request.modelId, last_used_ms, wait=request.sync))
         return _status(self._states.status(request.modelId))
+
+    async def _warn_of_unpacking(self, model_id: str, message: pb.ModelInfo, context: Context) -> None:
+        """Set the trailing metadata `warning` if the model is a GGUF file whose blocks take more memory once they are loaded.
+
+        Other registrations are answered without a look at the files, which takes up to a few seconds.
+        """
+        if self._fit_of is None or "gguf" not in message.path.lower():
+            return
+        try:
+            fit = await self._fit_of(ModelInfo(type=message.type, path=message.path, key=message.key))
+        except MeshError as error:
+            _LOG.debug("what %s takes is unknown: %s", model_id, error)
+            return
+        if fit is not None and (text := unpacking_text(model_id, fit, _NF4)):
+            context.set_trailing_metadata((("warning", text),))
 
     async def _unregister(self, request: pb.UnregisterModelRequest) -> pb.UnregisterModelResponse:
         # The naming rule does not apply: an id that a ModelMesh pod has registered must be removable.

@@ -46,7 +46,7 @@ class Registrar:
     async def register(self, name: str, info: ModelInfo, *, load: bool) -> Registration:
         """Register a name, and begin to load it if asked to. Raises InvalidRequest, AlreadyExists."""
         await self.check_base(info)
-        fit = await self._check_loadable(info)
+        fit = await self.fit_of(info)
         model_id = await self._registry.register_name(name, info, now_ms=epoch_ms(), is_loaded=self.is_loaded)
         if load:
             await self._placement.ensure_loaded(model_id, retry_failed=True)
@@ -75,7 +75,7 @@ class Registrar:
     def is_loaded(self, model_id: str) -> bool:
         return self._states.status(model_id).status is ModelStatus.LOADED
 
-    async def _check_loadable(self, info: ModelInfo) -> ModelFit | None:
+    async def fit_of(self, info: ModelInfo) -> ModelFit | None:
         """Return what the model needs, None if the runtime cannot say so within a few seconds. Raises InvalidRequest for settings that it refuses.
 
         Missing files and a full memory do not count: they may change until the model is loaded.

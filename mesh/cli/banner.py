@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.addresses import parse_address
-from mesh.cli.render import size
+from common.units import size
 from mesh.cli.supervised_process import reachable
 from mesh.client.admin import DEFAULT_SERVER
 from mesh.types import RuntimeSnapshot

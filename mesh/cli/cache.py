@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from common.units import size
 from mesh.cli import render
 from mesh.cli.columns import Column
 from mesh.client.admin import AdminClient, CacheEntry, CacheListing, PodCache
@@ -19,7 +20,7 @@ def cache(client: AdminClient, args: argparse.Namespace) -> int:
     if args.prune:
         unneeded = {entry.key: None for entry in listing.entries if not entry.names and not entry.in_use}
         dropped = client.drop_files([*unneeded])
-        print(f"{render.size(dropped.freed_bytes) or '0 B'} freed")
+        print(f"{size(dropped.freed_bytes) or '0 B'} freed")
         return _say_failed(dropped.failed, "nothing was dropped")
     if args.json:
         print(msgspec.json.format(msgspec.json.encode(listing), indent=2).decode())
@@ -37,7 +38,7 @@ def columns(listing: CacheListing, now_s: float) -> list[Column]:
     entries = listing.entries
     return [
         Column("SOURCE", [entry.uri or entry.key for entry in entries]),
-        Column("SIZE", [render.size(entry.size_bytes) for entry in entries], rank=1, right=True),
+        Column("SIZE", [size(entry.size_bytes) for entry in entries], rank=1, right=True),
         Column("NEEDED BY", [_needed_by(entry) for entry in entries], rank=2),
         Column("POD", [entry.pod if len(listing.pods) > 1 else "" for entry in entries], rank=3),
         Column("KIND", [entry.kind for entry in entries], rank=4),
@@ -57,7 +58,7 @@ def _totals(listing: CacheListing) -> list[str]:
 
 
 def _share(used_bytes: int, budget_bytes: int) -> str:
-    return f"{render.size(used_bytes) or '0 B'} of {render.size(budget_bytes)}"
+    return f"{size(used_bytes) or '0 B'} of {size(budget_bytes)}"
 
 
 def _say_failed(pods: Sequence[PodCache], what: str) -> int:
@@ -78,7 +79,7 @@ def remove_files(client: AdminClient, uri: str) -> str:
     dropped = client.drop_files([*dict.fromkeys(entry.key for entry in entries)])
     left = f"; {dropped.num_in_use} of them are in use and stay" if dropped.num_in_use else ""
     failed = "".join(f"; {pod.instance_id} dropped nothing: {pod.error}" for pod in dropped.failed)
-    return f"{render.size(dropped.freed_bytes) or '0 B'} of files dropped{left}{failed}"
+    return f"{size(dropped.freed_bytes) or '0 B'} of files dropped{left}{failed}"
 
 
 def remove(client: AdminClient, args: argparse.Namespace) -> int:

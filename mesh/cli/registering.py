@@ -3,12 +3,15 @@
 import argparse
 import sys
 
-from mesh.cli.render import size, unpacking_of, waiting
+from common.model_fit import unpacking_text
+from common.units import size
+from mesh.cli.render import waiting
 from mesh.client.admin import AdminClient, Model
 from mesh.errors import MeshError
 from mesh.registry.models_file import read_models_file
 
 _NOT_FOUND = 404
+_NF4 = "--quantize nf4"
 
 
 def register_one(client: AdminClient, request: dict[str, object]) -> tuple[Model, str]:
@@ -33,7 +36,7 @@ def register_file(client: AdminClient, args: argparse.Namespace) -> int:
     for model in declared.models:
         request = {"name": model.name, "uri": model.uri, "type": model.type, **model.settings}
         registered, change = register_one(client, request)
-        if registered.fit is not None and (unpacking := unpacking_of(model.name, registered.fit)):
+        if registered.fit is not None and (unpacking := unpacking_text(model.name, registered.fit, _NF4)):
             print(unpacking, file=sys.stderr)
         if model.load or args.load:
             client.load(model.name)
@@ -55,7 +58,7 @@ def print_size(client: AdminClient, request: dict[str, object]) -> None:
             fit = client.fit({**{key: value for key, value in request.items() if key != "name"}, "sizes_only": True})
     except MeshError:
         return
-    if unpacking := unpacking_of(name, fit):
+    if unpacking := unpacking_text(name, fit, _NF4):
         print(unpacking, file=sys.stderr)
     if not fit.fits:
         print(f"warning: {name} cannot be loaded here: {fit.reason}", file=sys.stderr)

@@ -11,26 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from common.model_fit import ModelFit
+from common.units import size
 from mesh.cli.columns import Column, lines
 from mesh.client.admin import Copy, Model, Pod
 
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _COLOURS = {"loaded": "green", "failed": "red", "quarantined": "red", "not loaded": "dim"}
 
 
 def console() -> Console:
     """Return a console that does not wrap lines on a pipe, where a script reads them."""
     return Console(width=None if sys.stdout.isatty() else 1000)
-
-
-def size(num_bytes: int) -> str:
-    """Return a size such as `98 MiB`, or an empty string for 0."""
-    if num_bytes <= 0:
-        return ""
-    value, unit = float(num_bytes), 0
-    while value >= 1024 and unit < len(_UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    return f"{value:.0f} {_UNITS[unit]}" if value >= 10 or unit == 0 else f"{value:.1f} {_UNITS[unit]}"
 
 
 def ago(epoch_ms: int, now_s: float) -> str:
@@ -219,17 +209,6 @@ def show_fit(console: Console, name: str, fit: ModelFit) -> None:
     verdict = "[green]fits[/green]" if fit.fits else "[red]does not fit[/red]"
     evicts = f"; would evict {', '.join(fit.evicts)}" if fit.evicts else ""
     console.print(f"  {verdict}{evicts}{': ' + fit.reason if fit.reason else ''}")
-
-
-def unpacking_of(name: str, fit: ModelFit) -> str:
-    """Return a sentence on what the blocks of a GGUF file take once they are loaded; empty for other files."""
-    if not fit.unpacked_blocks:
-        return ""
-    smaller = f"; --quantize nf4 takes {size(fit.nf4_weight_bytes)}" if fit.nf4_weight_bytes else ""
-    return (
-        f"{name}: {size(fit.stored_bytes)} of {fit.unpacked_blocks} blocks are unpacked to {size(fit.weight_bytes)} when "
-        f"the model is loaded{smaller}"
-    )
 
 
 def waiting(what: str, *, enabled: bool) -> AbstractContextManager[object]:

@@ -89,7 +89,7 @@ def build_servers(base: PodBase, parts: PlacementParts, pod: PodState) -> Server
     )
     return Servers(
         router,
-        _grpc_server(base, parts, router, memory, adapters, pod),
+        _grpc_server(base, parts, router, memory, registrar, adapters, pod),
         _http_server(base, parts, router, memory, health, registrar, adapters, pod),
         ports,
     )
@@ -119,6 +119,7 @@ def _grpc_server(
     parts: PlacementParts,
     router: CopyRouter,
     memory: RequestMemory,
+    registrar: Registrar,
     adapters: AdapterChooser,
     pod: PodState,
 ) -> GrpcServer:
@@ -135,7 +136,12 @@ def _grpc_server(
     return GrpcServer(
         files.mesh(Carrier.GRPC) if files else config.grpc_listen,
         ManagementService(
-            base.registry, parts.placement, parts.states, check_info=check_info, read_only=config.read_only
+            base.registry,
+            parts.placement,
+            parts.states,
+            check_info=check_info,
+            fit_of=registrar.fit_of,
+            read_only=config.read_only,
         ),
         InferenceGateway(
             base.registry,

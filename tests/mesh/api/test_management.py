@@ -12,6 +12,7 @@ from mesh.errors import InvalidRequest
 from mesh.registry.secrets import looks_secret, refuse_secrets
 from mesh.store.embedded import EmbeddedStore
 from mesh.types import ModelInfo
+from tests.support.fake_runtime import Switches
 from tests.support.mesh_node import NOW_MS, Node, running_node
 from tests.support.pods import running_pod
 from wire.mmesh import model_mesh_pb2 as pb
@@ -326,3 +327,32 @@ async def test_management_takes_the_name_that_one_calls(tmp_path: Path) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await pod.load("nobody")
         assert status_of(error) == (grpc.StatusCode.NOT_FOUND, "model not found")
+
+
+UNPACKED = {"unpacked_blocks": "Q4_K", "stored_bytes": 5 << 20, "weight_bytes": 16 << 20, "nf4_weight_bytes": 6 << 20}
+COST = 'm: 5.0 MiB of Q4_K blocks are unpacked to 16 MiB when the model is loaded; "quantize": "nf4" in its key takes 6.0 MiB'
+
+
+@pytest.mark.parametrize(
+    ("path", "warning"), [("/q.gguf", COST), ("hf://org/model-GGUF", COST), ("/as-it-is.gguf", None), ("/m", None)]
+)
+async def test_management_warns_of_gguf_files_that_are_unpacked(tmp_path: Path, path: str, warning: str | None) -> None:
+    switches = Switches(unpacking={"/q.gguf": UNPACKED, "hf://org/model-GGUF": UNPACKED})
+    async with running_pod(tmp_path / "pod", switches=switches) as pod:
+        info = pb.ModelInfo(type="llm", path=path, key="{}")
+        call = pod.management.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=info))
+        assert (await call).status == S.NOT_LOADED
+        assert dict(await call.trailing_metadata() or ()).get("warning") == warning
+        move = pod.management.setVModel(pb.SetVModelRequest(vModelId="v", targetModelId="m", modelInfo=info))
+        await move
+        assert dict(await move.trailing_metadata() or ()).get("warning") == warning
+        assert {fit.model_path for fit in pod.runtime.fits} == ({path} if "gguf" in path.lower() else set())
+
+
+async def test_management_registers_a_gguf_file_that_the_runtime_cannot_read(tmp_path: Path) -> None:
+    switches = Switches(invalid={"/q.gguf": "quantize is nf4, and it is stored in int8 already"})
+    async with running_pod(tmp_path / "pod", switches=switches) as pod:
+        info = pb.ModelInfo(type="llm", path="/q.gguf", key="{}")
+        call = pod.management.registerModel(pb.RegisterModelRequest(modelId="m", modelInfo=info))
+        assert (await call).status == S.NOT_LOADED
+        assert "warning" not in dict(await call.trailing_metadata() or ())
