@@ -7,7 +7,8 @@ seconds of its return, which are more from disk than from the host tier. A model
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_LEAST_RETURN_S = 0.01  # Below this all returns cost the same.
+from runtime.eviction_worth import eviction_worth
+
 _LEAST_PATIENCE_S = 1.0
 _SWAPS_OF_PATIENCE = (
     3.0  # a stay lasts at least this many swaps, so that swapping never costs more than a quarter of the time
@@ -83,4 +84,4 @@ def choose_to_drain(holders: Sequence[Holder], slabs: int, waited_s: float, swap
 
 def _worth(holder: Holder) -> tuple[float, float]:
     """Order holders by what keeping them saves per slab, then by recency."""
-    return holder.use * max(holder.return_cost_s, _LEAST_RETURN_S) / holder.slabs, holder.last_used_s
+    return eviction_worth(holder.use, holder.return_cost_s, holder.slabs), holder.last_used_s
