@@ -12,6 +12,7 @@ import logging
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import grpc.aio
@@ -39,7 +40,7 @@ from runtime.api.state import RuntimeStateApi, add_state
 from runtime.config.loader import configure
 from runtime.config.schema import EngineConfig, RuntimeConfig
 from runtime.engine_client.client import CommandBuilder
-from runtime.engine_client.group_plan import plan_groups
+from runtime.engine_client.group_plan import SharedGroup, parse_groups, plan_groups, plan_shared_groups, share_devices
 from runtime.engine_client.groups import EngineGroups
 from runtime.engine_client.lifecycle import EngineState
 from runtime.engine_client.process import engine_command
@@ -66,15 +67,21 @@ class Runtime:
     """Builds the parts of the front process without starting them. `run` starts them, and returns the exit status when they have ended."""
 
     def __init__(
-        self, config: RuntimeConfig, engines: Sequence[EngineConfig], *, command: CommandBuilder = engine_command
+        self,
+        config: RuntimeConfig,
+        engines: Sequence[EngineConfig],
+        shared: Sequence[SharedGroup] = (),
+        *,
+        command: CommandBuilder = engine_command,
     ) -> None:
-        """`engines`: the configurations of the engines, one per group of devices."""
+        """`engines`: the configurations of the engines, one per group of devices. `shared`: further groups of the same devices."""
         self._config = config
         self._addresses = [parse_address(text) for text in config.listen]
         self._http_address = parse_address(config.http_listen)
         Destinations.parse(config.source_hosts)  # An invalid entry must fail at the start, not at the first load.
         cache = Cache(_cache_dir(config), config.cache_budget_bytes)
-        self._engine = EngineGroups(engines, command=command, restart=RestartPolicy(silence_s=config.engine_silence_s))
+        restart = RestartPolicy(silence_s=config.engine_silence_s)
+        self._engine = EngineGroups(engines, shared=shared, command=command, restart=restart)
         self._preparation = CheckpointPreparer(config, cache)
         self._models = Models(config, self._engine, self._preparation, load_text)
         self._metrics = RuntimeMetrics(max_adapters=config.engine.max_adapters)
@@ -229,16 +236,21 @@ async def _serve(config: RuntimeConfig) -> int:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     # A device with a number is one group, whatever else there is.
     is_counted = bool(config.gpu_groups) or ":" not in config.engine.device
-    engines = plan_groups(config.engine, config.gpu_groups, visible_gpus(config.engine.device) if is_counted else 0)
-    arenas = []
+    sizes, *layers = parse_groups(config.gpu_groups) or ((),)
+    engines = plan_groups(config.engine, sizes, visible_gpus(config.engine.device) if is_counted else 0)
+    shared = plan_shared_groups(engines, layers) if layers or not sizes else []
+    engines = share_devices(engines, shared)
+    arenas: list[SharedMemoryFile] = []
     if wants_arena(config.engine.device) and not config.engine.host_arena_path:
-        arenas = [SharedMemoryFile() for _ in engines]
-        engines = [
-            msgspec.structs.replace(engine, host_arena_path=str(arena.path))
-            for engine, arena in zip(engines, arenas, strict=True)
+        arenas = [SharedMemoryFile() for _ in (*engines, *shared)]
+        paths = iter(str(arena.path) for arena in arenas)
+        engines = [msgspec.structs.replace(engine, host_arena_path=next(paths)) for engine in engines]
+        shared = [
+            replace(group, config=msgspec.structs.replace(group.config, host_arena_path=next(paths)))
+            for group in shared
         ]
     try:
-        return await Runtime(config, engines).run(stop)
+        return await Runtime(config, engines, shared).run(stop)
     finally:
         for arena in arenas:
             arena.remove()

@@ -100,11 +100,11 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _sizes(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdigit() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers of at least 1, such as 2,1,1")
-    return [int(part) for part in parts]
+def _groups(text: str) -> str:
+    layers = [[part.strip() for part in layer.split(",")] for layer in text.split("+")] if text.strip() else []
+    if not all(part.isdigit() and int(part) for layer in layers for part in layer):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers of at least 1, such as 2,1,1 or 1,1+2")
+    return "+".join(",".join(layer) for layer in layers)
 
 
 def _one_of(*words: str) -> Callable[[str], str]:
@@ -187,9 +187,9 @@ _FLAGS = (
     _Flag(
         "gpu-groups",
         "",
-        _sizes,
+        _groups,
         "N,N,…",
-        "sizes of the groups of GPUs, such as 2,1,1, instead of equal ones; a model uses one group, by its tensor_parallel",
+        "sizes of the groups of GPUs, such as 2,1,1; after a +, further groups of the same GPUs, as in 1,1+2",
     ),
     _Flag(
         "oversubscribe",

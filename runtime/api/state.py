@@ -18,7 +18,8 @@ from common.model_state import CopyState, ModelFigures, ModelState, Tier
 from runtime.api.grpc_errors import statuses
 from runtime.checkpoint.device_fit import DeviceBudget, DeviceFit, ModelLayout, fit_adapter, fit_device, layout_of
 from runtime.config.schema import RuntimeConfig
-from runtime.engine_client.groups import EngineGroup, EngineGroups
+from runtime.engine_client.engine_group import EngineGroup, device_figures
+from runtime.engine_client.groups import EngineGroups
 from runtime.engine_client.lifecycle import EngineState
 from runtime.engine_client.placement import refusal_of, victims
 from runtime.ipc.messages import Hello
@@ -136,12 +137,9 @@ class RuntimeStateApi(RuntimeStateServicer):
             if not fit.refusal:
                 break
         kv_bytes = needs.kv_bytes_per_token * fit.max_model_len
-        used = group.stats.device_used_bytes if group.stats is not None else 0
-        evicts, _ = victims(
-            needs.weight_bytes + kv_bytes,
-            group.hello.device_budget_bytes - used,
-            group.residents(last_used_s, leave_out=request.model_id),
-        )
+        evicts: dict[str, None] = {}
+        for room in group.rooms(last_used_s, leave_out=request.model_id):
+            evicts |= dict.fromkeys(victims(needs.weight_bytes + kv_bytes, room.free_bytes, room.residents)[0])
         capacity = capacity_of(self._config.engine.oversubscribe, self._engine.groups, self._cache_budget_bytes)
         charge = capacity.charge(needs.weight_bytes, needs.kv_bytes_per_token, needs.max_model_len, group.size)
         reason = reason or fit.refusal
@@ -234,24 +232,21 @@ class RuntimeStateApi(RuntimeStateServicer):
             device_name=_device_name(groups),
         )
         reserve_bytes = self._config.engine.device_reserve_bytes
-        for group in groups:
-            hello, used_bytes = group.hello, group.stats.device_used_bytes if group.stats is not None else 0
-            snapshot.device_budget_bytes += hello.device_budget_bytes * group.size
-            snapshot.device_used_bytes += used_bytes * group.size
-            snapshot.device_reserve_bytes += reserve_bytes * group.size if hello.device != "cpu" else 0
-            snapshot.host_budget_bytes += hello.host_budget_bytes * group.size
-            if group.stats is not None:
-                snapshot.host_used_bytes += group.stats.host_used_bytes * group.size
-                snapshot.stranded_bytes += group.stats.stranded_bytes * group.size
-            snapshot.devices.extend(
+        for device in device_figures(groups):
+            snapshot.device_budget_bytes += device.budget_bytes
+            snapshot.device_used_bytes += device.used_bytes
+            snapshot.device_reserve_bytes += reserve_bytes * device.num_engines if self._engine.device != "cpu" else 0
+            snapshot.host_budget_bytes += device.host_budget_bytes
+            snapshot.host_used_bytes += device.host_used_bytes
+            snapshot.stranded_bytes += device.stranded_bytes
+            snapshot.devices.append(
                 pb.DeviceState(
-                    name=name,
-                    group=group.devices[0],
-                    budget_bytes=hello.device_budget_bytes,
-                    used_bytes=used_bytes,
-                    engine_state=_ENGINE[group.state],
+                    name=device.name,
+                    group=device.group,
+                    budget_bytes=device.budget_bytes,
+                    used_bytes=device.used_bytes,
+                    engine_state=_ENGINE[device.state],
                 )
-                for name in group.devices
             )
         if groups:
             snapshot.capacity_bytes = capacity_of(
@@ -276,8 +271,8 @@ def _device_name(groups: Sequence[EngineGroup]) -> str:
     """Return the names of all devices; equal ones once, with their number."""
     counts: Counter[str] = Counter()
     for group in groups:
-        counts[group.hello.device_name] += group.size
-    return ", ".join(name if count == 1 else f"{count} × {name}" for name, count in counts.items())
+        counts[group.hello.device_name] += 0 if group.is_shared else group.size
+    return ", ".join(name if count == 1 else f"{count} × {name}" for name, count in counts.items() if count)
 
 
 def state_of(view: ModelView, figures: ModelFigures | None, tokens_per_s: float, devices: str = "") -> ModelState:

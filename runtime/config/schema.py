@@ -98,12 +98,12 @@ class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = False
     gpu_groups: Annotated[
-        tuple[Annotated[int, msgspec.Meta(gt=0, le=64)], ...],
+        str,
         _about(
-            "GPUs (CPU: processes) of each group from `device` on, such as 2,1,1, one engine each; "
-            "empty = all visible, in groups of tensor_parallel"
+            "GPUs (CPU: processes) of each group, such as 2,1,1; after a +, further groups of the same ones, as in 1,1+2; empty = all",
+            pattern=r"^([0-9]+(,[0-9]+)*(\+[0-9]+(,[0-9]+)*)*)?$",
         ),
-    ] = ()
+    ] = ""
     cache_dir: Annotated[str, _about("directory of pulled and packed files; empty = $XDG_CACHE_HOME/repertory")] = ""
     cache_budget_bytes: Annotated[
         int, _about("disk budget of the cache; 0 = 80 % of the free disk space at start", ge=0)

@@ -21,7 +21,7 @@ from runtime.config.schema import EngineConfig
 from runtime.engine_client.lifecycle import EngineDeath, EngineListener, EngineState
 from runtime.engine_client.process import EngineProcess, engine_command
 from runtime.engine_client.restart_policy import RestartPolicy
-from runtime.engine_client.streams import DeliveryPacer, RowStream
+from runtime.engine_client.streams import DeliveryPacer, RowStream, end_error
 from runtime.errors import EngineUnfit, ModelTooLarge, RepertoryError, Unavailable, from_code
 from runtime.ipc.crash_marker import CrashMarker
 from runtime.ipc.messages import (
@@ -94,6 +94,10 @@ class EngineClient:
 
     def listen(self, listener: EngineListener) -> None:
         self._listener = listener
+
+    def configure(self, config: EngineConfig) -> None:
+        """Replace the configuration. Call it before `start`."""
+        self._config = config
 
     def start(self) -> None:
         """Start the engine and its supervision. `wait_ready` returns when loads are possible."""
@@ -176,7 +180,7 @@ class EngineClient:
                 if row.finish is FinishReason.ERROR or row.finish is FinishReason.ABORTED:
                     if row.tokens:
                         yield msgspec.structs.replace(row, finish=None, stop_token=None, error_code=None, error=None)
-                    raise _end_error(model_id, row)
+                    raise end_error(model_id, row)
                 yield row
                 if row.finish is not None:
                     return
@@ -233,8 +237,12 @@ class EngineClient:
                 if self._hello is not None and not self._hello.done():
                     self._hello.set_exception(EngineUnfit(message))
 
+    def send(self, command: Command) -> bool:
+        """Queue a command. Returns False if no engine is ready."""
+        return self.state is EngineState.READY and self._process is not None and self._process.send(command)
+
     def _send(self, command: Command) -> None:
-        if self.state is not EngineState.READY or self._process is None or not self._process.send(command):
+        if not self.send(command):
             raise self._absent()
 
     def check(self) -> None:
@@ -314,6 +322,9 @@ class EngineClient:
         if self._hello.exception() is not None:
             await process.kill()
         self.hello = self._hello.result()
+        if self._config.shares_device and not self._config.device_budget_bytes:
+            # What is free on the device at a restart depends on what other engines hold then.
+            self._config = msgspec.structs.replace(self._config, device_budget_bytes=self.hello.device_budget_bytes)
         self.failure = ""
         self._set_state(EngineState.READY)
         log.info("%s is ready: pid %d, %s", self._label, process.pid, self.hello.device_name)
@@ -385,10 +396,3 @@ def _answer(queues: "dict[str, deque[asyncio.Future[T]]]", model_id: str, result
     else:
         future.set_result(result)
     return True
-
-
-def _end_error(model_id: str, row: RowTokens) -> RepertoryError:
-    if row.finish is FinishReason.ABORTED:
-        return Unavailable("it was unloaded while the request ran", model=model_id)
-    text = row.error or "the engine gave up the request"
-    return from_code(row.error_code or "INTERNAL", text, model=model_id, retry_after_s=row.retry_after_s)

@@ -1,11 +1,12 @@
 """Runs the engines of a runtime, one per group of devices, and dispatches to them by model.
 
-A model is in one group. When a group's engine dies, the models of the other groups keep running.
+A model is in one group. When a group's engine dies, the models of the other groups keep running. Shared groups consist of devices that are groups of
+their own. The engine of a shared group starts when a model needs it, and moves slabs with the engines of the same devices (slab_sharing).
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import msgspec
 
@@ -13,87 +14,105 @@ from common.changes import Changes
 from common.model_state import ModelFigures
 from runtime.config.schema import EngineConfig
 from runtime.engine_client.client import CommandBuilder, EngineClient
-from runtime.engine_client.group_plan import device_names
+from runtime.engine_client.engine_group import EngineGroup
+from runtime.engine_client.group_plan import SharedGroup, device_names
 from runtime.engine_client.lifecycle import EngineListener, EngineState
-from runtime.engine_client.placement import GroupRoom, ResidentBytes, Wanted, order_groups, refusal_of
+from runtime.engine_client.placement import GroupRoom, Wanted, order_groups, refusal_of
 from runtime.engine_client.process import engine_command
 from runtime.engine_client.restart_policy import RestartPolicy
+from runtime.engine_client.slab_sharing import SlabSharing
 from runtime.errors import LoadFailed, ModelTooLarge, Unavailable
 from runtime.ipc.messages import EngineStats, Hello, Load, RowTokens
 from runtime.types import GenerationRequest, ModelFacts
 
 
-@dataclass(frozen=True, slots=True)
-class EngineGroup:
-    """A group as its engine reports it. Sizes in `hello` and `stats` are those of each device, but models' figures are those of all together."""
-
-    devices: tuple[str, ...]
-    hello: Hello
-    stats: EngineStats | None
-    state: EngineState
-    models: frozenset[str]
-
-    @property
-    def size(self) -> int:
-        return len(self.devices)
-
-    def residents(self, last_used_s: Mapping[str, float], leave_out: str = "") -> tuple[ResidentBytes, ...]:
-        """Return the models in device memory, with their bytes on each device."""
-        return tuple(
-            ResidentBytes(
-                model.model_id,
-                model.device_bytes // self.size,
-                model.running + model.waiting > 0,
-                last_used_s.get(model.model_id, 0.0),
-            )
-            for model in (self.stats.models if self.stats is not None else ())
-            if model.device_bytes and model.model_id != leave_out
-        )
-
-
 class EngineGroups:
-    """Supervises the engines of all groups. Call `start` first and `stop` last, all on one event loop. `configs`: one per group."""
+    """Supervises the engines of all groups. Call `start` first and `stop` last, all on one event loop.
+
+    Args:
+        configs: one per group that starts at once, in the order of their devices.
+        shared: further groups of the same devices.
+    """
 
     def __init__(
         self,
         configs: Sequence[EngineConfig],
         *,
+        shared: Sequence[SharedGroup] = (),
         command: CommandBuilder = engine_command,
         restart: RestartPolicy | None = None,
     ) -> None:
         self.changes = Changes()
-        self.sizes = tuple(config.tensor_parallel for config in configs)
-        self._clients = tuple(
-            EngineClient(
-                config,
-                command=command,
-                restart=restart,
-                changes=self.changes,
-                label="the engine" if len(configs) == 1 else f"the engine of group {number}",
-            )
-            for number, config in enumerate(configs)
-        )
+        self._configs = [*configs, *(group.config for group in shared)]
+        self.sizes = tuple(config.tensor_parallel for config in self._configs)
+        self._command = command
+        self._restart = restart
+        self._num_homes = len(configs)
+        self._shared = tuple(shared)
+        homes = [sum(self.sizes[:number]) for number in range(len(configs))]
+        self._first = (*homes, *(group.first for group in shared))  # number of each group's first device
+        self._clients = [self._client(number) for number in range(len(self._configs))]
+        self._bases: dict[str, str] = {}  # of loaded adapters
+        self._sharing = SlabSharing(self.changes, self._bases)
+        for number, config in enumerate(self._configs):
+            if config.shares_device:
+                is_home = number < self._num_homes
+                overhead_bytes = 0 if is_home else shared[number - self._num_homes].overhead_bytes
+                self._sharing.add(self._clients[number], self._devices(number), overhead_bytes, is_home=is_home)
+        self._starts: dict[int, asyncio.Task[None]] = {}  # of the engines of shared groups
+        self._listener: EngineListener | None = None
+        self._task: asyncio.Task[None] | None = None
         self._awaited: dict[str, tuple[EngineClient, int]] = {}  # bytes in all of models whose loads are in progress
 
+    def _client(self, number: int) -> EngineClient:
+        return EngineClient(
+            self._configs[number],
+            command=self._command,
+            restart=self._restart,
+            changes=self.changes,
+            label="the engine" if len(self._configs) == 1 else f"the engine of group {number}",
+        )
+
+    def _devices(self, number: int) -> range:
+        return range(self._first[number], self._first[number] + self.sizes[number])
+
     def listen(self, listener: EngineListener) -> None:
+        self._listener = listener
         for client in self._clients:
             client.listen(listener)
 
     def start(self) -> None:
-        """Start all engines and their supervision."""
-        for client in self._clients:
+        """Start the engines of all groups but the shared ones, and their supervision."""
+        for client in self._homes:
             client.start()
+        if self._num_homes < len(self._clients):
+            self._task = asyncio.create_task(self._sharing.run(), name="slab sharing")
 
     async def stop(self, grace_s: float) -> None:
         """Let running sequences end within `grace_s`, then stop all engines. Idempotent."""
+        for task in (self._task, *self._starts.values()):
+            if task is not None:
+                task.cancel()
         await asyncio.gather(*(client.stop(grace_s) for client in self._clients))
 
     # State
 
     @property
+    def _homes(self) -> list[EngineClient]:
+        """The engines that start with the runtime."""
+        return self._clients[: self._num_homes]
+
+    @property
+    def _counted(self) -> list[EngineClient]:
+        return [*self._homes, *(client for client in self._clients[self._num_homes :] if client.hello is not None)]
+
+    @property
     def state(self) -> EngineState:
-        """STOPPED once an engine is given up, STARTING until all have been ready, and READY while one is."""
-        states = {client.state for client in self._clients}
+        """STOPPED once an engine is given up, STARTING until all have been ready, and READY while one is.
+
+        An engine of a shared group counts once it has been ready.
+        """
+        states = {client.state for client in self._counted}
         if EngineState.STOPPED in states:
             return EngineState.STOPPED
         if not self.has_started:
@@ -103,7 +122,7 @@ class EngineGroups:
     @property
     def has_started(self) -> bool:
         """Whether every engine has been ready once."""
-        return all(client.hello is not None for client in self._clients)
+        return all(client.hello is not None for client in self._homes)
 
     @property
     def restarts(self) -> int:
@@ -111,7 +130,7 @@ class EngineGroups:
 
     @property
     def failure(self) -> str:
-        return next((client.failure for client in self._clients if client.state is EngineState.STOPPED), "")
+        return next((client.failure for client in self._counted if client.state is EngineState.STOPPED), "")
 
     @property
     def device(self) -> str:
@@ -121,15 +140,60 @@ class EngineGroups:
 
     @property
     def groups(self) -> tuple[EngineGroup, ...]:
-        """The groups whose engines have been ready."""
-        found, num_before = [], 0
-        for client, size in zip(self._clients, self.sizes, strict=True):
+        """The groups whose engines have been ready, and the shared groups once all others have been."""
+        found: list[EngineGroup] = []
+        for number, (client, size) in enumerate(zip(self._homes, self.sizes, strict=False)):
             if client.hello is not None:
-                names = device_names(client.hello.device, size, num_before, is_only=len(self._clients) == 1)
-                stats = _in_all(client.stats, size) if client.stats is not None else None
-                found.append(EngineGroup(names, client.hello, stats, client.state, frozenset(client.models)))
-            num_before += size
-        return tuple(found)
+                is_only = len(self._clients) == 1
+                names = device_names(client.hello.device, size, self._first[number], is_only=is_only)
+                found.append(self._group(number, names, self._left(number, client.hello)))
+        if not self.has_started:
+            return tuple(found)
+        all_names = [name for group in found for name in group.devices]
+        for number in range(self._num_homes, len(self._clients)):
+            names = tuple(all_names[device] for device in self._devices(number))
+            found.append(self._group(number, names, self._clients[number].hello or self._expected(number, names)))
+        if self._num_homes == len(self._clients):
+            return tuple(found)
+        return tuple(replace(group, neighbours=_neighbours(group, found)) for group in found)
+
+    def _group(self, number: int, names: tuple[str, ...], hello: Hello) -> EngineGroup:
+        client = self._clients[number]
+        stats = _in_all(client.stats, len(names)) if client.stats is not None else None
+        is_shared = number >= self._num_homes
+        return EngineGroup(names, hello, stats, client.state, frozenset(client.models), is_shared)
+
+    def _left(self, number: int, hello: Hello) -> Hello:
+        """Return a group's figures without the memory that the processes of shared groups take."""
+        taken_bytes = self._sharing.overhead_bytes(self._devices(number))
+        if not taken_bytes:
+            return hello
+        return msgspec.structs.replace(hello, device_budget_bytes=hello.device_budget_bytes - taken_bytes)
+
+    def _expected(self, number: int, names: tuple[str, ...]) -> Hello:
+        """Return what the engine of a shared group will report once it is started."""
+        config = self._config_of(number)
+        first = self._clients[0].hello
+        assert first is not None, "the engines of all other groups have been ready"
+        return msgspec.structs.replace(
+            first, device=names[0], device_budget_bytes=config.device_budget_bytes, host_budget_bytes=0
+        )
+
+    def _config_of(self, number: int) -> EngineConfig:
+        """Return the configuration of a shared group's engine: what the engines of its devices have, less what its process takes."""
+        devices = set(self._devices(number))
+        hellos = [
+            client.hello
+            for home, client in enumerate(self._homes)
+            if client.hello is not None and not devices.isdisjoint(self._devices(home))
+        ]
+        config = self._configs[number]
+        overhead_bytes = self._shared[number - self._num_homes].overhead_bytes
+        budget_bytes = min(hello.device_budget_bytes for hello in hellos) - overhead_bytes
+        host_bytes = config.host_budget_bytes or min(hello.host_budget_bytes for hello in hellos) // (
+            2 * config.host_sharers
+        )
+        return msgspec.structs.replace(config, device_budget_bytes=budget_bytes, host_budget_bytes=host_bytes)
 
     def figures(self) -> dict[str, ModelFigures]:
         """Return the figures of all models by id, those of all devices together."""
@@ -138,7 +202,7 @@ class EngineGroups:
     def check(self) -> None:
         """Raise Unavailable unless an engine is ready."""
         if self.state is not EngineState.READY:
-            for client in self._clients:
+            for client in self._homes:
                 client.check()
 
     async def wait_ready(self, model_id: str = "") -> None:
@@ -166,6 +230,38 @@ class EngineGroups:
         rooms = [self._room(number, group, last_used_s, leave_out) for number, group in enumerate(groups)]
         return [groups[number] for number in order_groups(rooms, weight_bytes, wanted)]
 
+    async def _start(self, number: int) -> EngineClient:
+        """Return the engine of a group, and start it first if the group is shared. Raises Unavailable if it cannot be started."""
+        if number < self._num_homes:
+            return self._clients[number]
+        if number not in self._starts:
+            self._starts[number] = asyncio.create_task(self._start_shared(number), name=f"start of group {number}")
+        await asyncio.shield(self._starts[number])
+        client = self._clients[number]
+        try:
+            await client.wait_ready()
+        except Unavailable:
+            if client.hello is None and client is self._clients[number]:
+                self._renew(number)
+                await client.stop(0.0)
+            raise
+        return client
+
+    def _renew(self, number: int) -> None:
+        """Put a new client in the place of one whose engine could not be started, so that a later load tries again."""
+        old, client = self._clients[number], self._client(number)
+        if self._listener is not None:
+            client.listen(self._listener)
+        self._clients[number] = client
+        self._sharing.renew(old, client)
+        del self._starts[number]
+
+    async def _start_shared(self, number: int) -> None:
+        client = self._clients[number]
+        await self._sharing.admit(client)
+        client.configure(self._config_of(number))
+        client.start()
+
     async def load(self, request: Load, wanted: Wanted, last_used_s: Mapping[str, float]) -> ModelFacts:
         """Admit a model and return when it is admitted. A caller that stops waiting must call `unload`. Raises the engine's error, or Unavailable.
 
@@ -174,10 +270,13 @@ class EngineGroups:
         tried: list[tuple[int, int]] = []
         refusal: ModelTooLarge | None = None
         for number in self._candidates(request, wanted, last_used_s):
-            client, size = self._clients[number], self.sizes[number]
-            budget_bytes = client.hello.device_budget_bytes if client.hello is not None else 0
+            size = self.sizes[number]
+            budget_bytes = self.groups[number].hello.device_budget_bytes
             if any(size == other and budget_bytes <= most for other, most in tried):
                 continue
+            client = await self._start(number)
+            if request.adapter_of:
+                self._bases[request.model_id] = request.adapter_of
             self._awaited[request.model_id] = client, request.checkpoint.weight_bytes
             try:
                 return msgspec.structs.replace(await client.load(request), num_devices=size)
@@ -193,6 +292,7 @@ class EngineGroups:
         client = self._find(model_id)
         if client is not None:
             await client.unload(model_id)
+        self._bases.pop(model_id, None)
 
     def running(self, model_id: str) -> int:
         """Return the number of the model's open sequences, queued ones included."""
@@ -207,6 +307,7 @@ class EngineGroups:
     def generate(self, model_id: str, request: GenerationRequest) -> AsyncIterator[RowTokens]:
         """See runtime.interfaces.TokenEngine."""
         client = self._find(model_id) or self._clients[0]  # Any engine refuses a model that it does not have.
+        self._sharing.use(model_id)
         return client.generate(model_id, request)
 
     def _find(self, model_id: str) -> EngineClient | None:
@@ -229,12 +330,17 @@ class EngineGroups:
     def _room(
         self, number: int, group: EngineGroup, last_used_s: Mapping[str, float], leave_out: str = ""
     ) -> GroupRoom:
-        used_bytes = group.stats.device_used_bytes if group.stats is not None else 0
         client = self._clients[number]
         awaited_bytes = sum(bytes_ for owner, bytes_ in self._awaited.values() if owner is client) // group.size
-        budget_bytes = group.hello.device_budget_bytes
-        residents = group.residents(last_used_s, leave_out)
-        return GroupRoom(group.size, budget_bytes, budget_bytes - used_bytes - awaited_bytes, residents)
+        rooms = group.rooms(last_used_s, leave_out)
+        residents = tuple({one.model_id: one for room in rooms for one in room.residents}.values())
+        free_bytes = min(room.free_bytes for room in rooms) - awaited_bytes
+        return GroupRoom(group.size, group.hello.device_budget_bytes, free_bytes, residents)
+
+
+def _neighbours(group: EngineGroup, groups: Sequence[EngineGroup]) -> tuple[EngineGroup, ...]:
+    devices = set(group.devices)
+    return tuple(other for other in groups if other is not group and not devices.isdisjoint(other.devices))
 
 
 def _in_all(stats: EngineStats, size: int) -> EngineStats:

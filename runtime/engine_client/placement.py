@@ -18,6 +18,14 @@ class ResidentBytes:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceRoom:
+    """One device: free bytes, and the models that are there."""
+
+    free_bytes: int
+    residents: tuple[ResidentBytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class GroupRoom:
     """A group of `size` devices. `free_bytes`: what is neither lent nor awaited by a load in progress; it may be negative."""
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from runtime.errors import RepertoryError
+from runtime.errors import RepertoryError, Unavailable, from_code
 from runtime.ipc.messages import RowTokens, TokenLogprobs
+from runtime.types import FinishReason
 
 
 def merge_rows(rows: Sequence[RowTokens]) -> RowTokens:
@@ -123,3 +124,11 @@ class DeliveryPacer:
         for stream in held:
             if stream.wake():
                 stream.woken_s = now_s
+
+
+def end_error(model_id: str, row: RowTokens) -> RepertoryError:
+    """Return the error of a stream that ended with `row`."""
+    if row.finish is FinishReason.ABORTED:
+        return Unavailable("it was unloaded while the request ran", model=model_id)
+    text = row.error or "the engine gave up the request"
+    return from_code(row.error_code or "INTERNAL", text, model=model_id, retry_after_s=row.retry_after_s)

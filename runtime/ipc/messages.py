@@ -156,6 +156,7 @@ class DeviceShareFigures(msgspec.Struct, frozen=True):
     Attributes:
         committed_slabs: those that it holds.
         free_slabs, idle_slabs: those of them that nothing uses, and those that hold only cached prefixes or idle adapters.
+        spare_slabs: free slabs below which it wants more while it is busy.
         needed_slabs: those that a request lacks, for which idle models may be evicted.
         wanted_slabs: those that it would use, the needed ones included.
         since_s: when the oldest request came that lacks slabs, on the machine's monotonic clock.
@@ -165,6 +166,7 @@ class DeviceShareFigures(msgspec.Struct, frozen=True):
     committed_slabs: int
     free_slabs: int
     idle_slabs: int
+    spare_slabs: int = 0
     needed_slabs: int = 0
     wanted_slabs: int = 0
     since_s: float = 0.0

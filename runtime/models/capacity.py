@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runtime.engine_client.groups import EngineGroup
+from runtime.engine_client.engine_group import EngineGroup
 from runtime.types import ModelFacts
 
 _MODELMESH_UNIT_BYTES = 8192
@@ -53,7 +53,7 @@ def capacity_of(oversubscribe: str, groups: Sequence[EngineGroup], cache_budget_
     if mode == "host" and not hello.host_budget_bytes:
         mode = "none"  # on a CPU the host tier is the device tier
     budget = {
-        "none": sum(group.size * group.hello.device_budget_bytes for group in groups),
+        "none": sum(group.size * group.hello.device_budget_bytes for group in groups if not group.is_shared),
         "host": sum(group.size * group.hello.host_budget_bytes for group in groups),
         "disk": cache_budget_bytes,
     }[mode]

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics import MetricWrapperBase
 
 from common.model_state import ModelFigures, Tier
-from runtime.engine_client.groups import EngineGroup
+from runtime.engine_client.engine_group import EngineGroup, device_figures
 from runtime.ipc.messages import EngineStats, GrammarFigures, RowTokens
 from runtime.observability.adapter_metrics import AdapterMetrics
 from runtime.observability.token_counters import ModelTokenCounters
@@ -321,7 +321,7 @@ class RuntimeMetrics:
         self._instruments = Instruments(registry or CollectorRegistry())
         self.adapters = AdapterMetrics(self._instruments.registry, max_adapters)
         self._models: dict[str, ModelMetrics] = {}
-        self._grammars: dict[str, GrammarFigures] = {}  # those of the last report, by the group's first device
+        self._grammars: dict[tuple[str, ...], GrammarFigures] = {}  # those of the last report, by the group's devices
 
     def of(self, name: str) -> ModelMetrics:
         model = self._models.get(name)
@@ -331,6 +331,13 @@ class RuntimeMetrics:
 
     def update(self, groups: Sequence[EngineGroup], names: Mapping[str, str]) -> None:
         """Record the engines' reports. `names` maps a model's id to its name; the series of other models are dropped."""
+        to = self._instruments
+        for device in device_figures(groups):
+            to.device_used.labels(device.name).set(device.used_bytes)
+            to.device_budget.labels(device.name).set(device.budget_bytes)
+            to.host_used.labels(device.name).set(device.host_used_bytes)
+            to.host_budget.labels(device.name).set(device.host_budget_bytes)
+            to.stranded.labels(device.name).set(device.stranded_bytes)
         for group in groups:
             if group.stats is not None:
                 self._update_group(group, group.stats, names)
@@ -339,18 +346,12 @@ class RuntimeMetrics:
 
     def _update_group(self, group: EngineGroup, stats: EngineStats, names: Mapping[str, str]) -> None:
         to = self._instruments
-        for device in group.devices:
-            to.device_used.labels(device).set(stats.device_used_bytes)
-            to.device_budget.labels(device).set(stats.device_budget_bytes)
-            to.host_used.labels(device).set(stats.host_used_bytes)
-            to.host_budget.labels(device).set(stats.host_budget_bytes)
-            to.stranded.labels(device).set(stats.stranded_bytes)
-        before = self._grammars.get(group.devices[0], GrammarFigures())
+        before = self._grammars.get(group.devices, GrammarFigures())
         if stats.grammars.masks_total < before.masks_total:
             before = GrammarFigures()
         for counter, field in to.grammars:
             counter.inc(max(0.0, getattr(stats.grammars, field) - getattr(before, field)))
-        self._grammars[group.devices[0]] = stats.grammars
+        self._grammars[group.devices] = stats.grammars
         for model in stats.models:
             if model.model_id in names:
                 self.of(names[model.model_id]).update(model)

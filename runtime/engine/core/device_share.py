@@ -92,8 +92,15 @@ class DeviceShare:
             self.num_changes += 1
 
     def figures(self, free_slabs: int, idle_slabs: int) -> DeviceShareFigures:
-        """`free_slabs`: those that no running row is expected to need. `idle_slabs`: slabs of cached prefixes and of adapters without sequences."""
+        """`free_slabs`: those that no row of a resident model is expected to need. `idle_slabs`: slabs of cached prefixes and of adapters without sequences."""
         pool, lack = self._pool, self.lack
         return DeviceShareFigures(
-            pool.committed, free_slabs, idle_slabs, lack.needed, lack.wanted, lack.since_s, self._num_completed
+            committed_slabs=pool.committed,
+            free_slabs=free_slabs,
+            idle_slabs=idle_slabs,
+            spare_slabs=self.spare_slabs,
+            needed_slabs=lack.needed,
+            wanted_slabs=lack.wanted,
+            since_s=lack.since_s,
+            last_resize=self._num_completed,
         )

@@ -84,12 +84,13 @@ class ModelTable:
         """Change the number of slabs that this engine holds on each of its devices."""
         self.exchange.resize(command, now)
         slabs = self.slabs.uncommitted(command.num_slabs - self.slabs.committed)
-        if slabs:
+        while slabs:
             error = self.executor.commit(slabs)
             if error is None:
                 self.slabs.commit(slabs)
-            else:
-                _LOG.warning("%d slabs of device memory could not be taken: %s", len(slabs), error)
+                return
+            _LOG.warning("%d slabs of device memory could not be taken: %s", len(slabs), error)
+            slabs = slabs[: len(slabs) // 2]
 
     def check_fits(self, request: Load, weight_bytes: int) -> None:
         """Raise ModelTooLarge if weights of `weight_bytes` exceed the whole budget of the devices that share them."""

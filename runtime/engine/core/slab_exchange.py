@@ -39,7 +39,7 @@ class SlabExchange:
 
     @property
     def free_slabs(self) -> int:
-        """Free slabs that running rows are not expected to need."""
+        """Free slabs that neither running rows nor the first requests of resident models are expected to need."""
         return max(0, self._pool.free - sum(map(_expected_slabs, self._models.values())))
 
     @property
@@ -132,11 +132,12 @@ class SlabExchange:
 
 
 def _expected_slabs(model: LoadedModel) -> int:
-    """Return the slabs that a model's running rows are expected to need beyond those that they use."""
-    blocks = model.cache.blocks
-    if not model.scheduler.running:
+    """Return the slabs that a resident model is expected to need beyond those that it uses: for its running rows, or for its first request."""
+    if not model.resident:
         return 0
-    return max(
-        0,
-        blocks_for(model.scheduler.promised_blocks, blocks.geometry.blocks_per_slab) - blocks.slabs + blocks.idle_slabs,
-    )
+    blocks, head = model.cache.blocks, model.scheduler.waiting.head()
+    if model.scheduler.running:
+        expected = model.scheduler.promised_blocks
+    else:
+        expected = 0 if head is None else blocks_for(head.tokens_to_begin, blocks.geometry.block_tokens)
+    return max(0, blocks_for(expected, blocks.geometry.blocks_per_slab) - blocks.slabs + blocks.idle_slabs)

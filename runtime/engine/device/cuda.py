@@ -41,10 +41,11 @@ class CudaDevice:
     def __init__(self, device: torch.device, config: EngineConfig) -> None:
         torch.cuda.set_device(device)
         slab_bytes = config.slab_bytes or _SLAB_BYTES
-        free_bytes, _ = torch.cuda.mem_get_info(device)
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         budget = config.device_budget_bytes or max(0, free_bytes - config.device_reserve_bytes)
-        # What other engines of the GPU hold is not free now, and comes when they give it back.
-        if not slab_bytes <= budget <= (budget if config.shares_device else free_bytes):
+        if config.shares_device:
+            free_bytes = total_bytes  # What other engines of the GPU hold comes when they give it back.
+        if not slab_bytes <= budget <= free_bytes:
             raise ConfigError(
                 f"the device budget of {budget} bytes is not between one slab of {slab_bytes} bytes and the {free_bytes} bytes that are free on "
                 f"{device}: give a budget in between, or end what else uses the GPU"

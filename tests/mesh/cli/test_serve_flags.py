@@ -41,6 +41,7 @@ def settings(*arguments: str, env: dict[str, str] | None = None) -> Settings:
         ("--oversubscribe", "tape"),
         ("--tensor-parallel", "0"),
         ("--gpu-groups", "2,x"),
+        ("--gpu-groups", "1,1+"),
         ("--log-level", "loud"),
         ("--http-listen", "99999"),
         ("--http-listen", "127.0.0.1:99999"),
@@ -68,9 +69,11 @@ def test_tensor_parallel_accepts_the_names_of_other_launchers(flag: str) -> None
 
 
 def test_gpu_groups_reach_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert settings("--gpu-groups", "2, 1,1").runtime["gpu_groups"] == [2, 1, 1]
+    assert settings("--gpu-groups", "2, 1,1").runtime["gpu_groups"] == "2,1,1"
+    assert settings("--gpu-groups", "1,1 + 2").runtime["gpu_groups"] == "1,1+2"
+    assert settings().runtime["gpu_groups"] == ""
     monkeypatch.setenv("REPERTORY_GPU_GROUPS", "1,1")
-    assert settings().runtime["gpu_groups"] == [1, 1]
+    assert settings().runtime["gpu_groups"] == "1,1"
 
 
 def test_help_never_shows_a_key(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

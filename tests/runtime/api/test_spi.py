@@ -20,7 +20,7 @@ from runtime.api.spi import SERVICE_NAME as SPI_NAME
 from runtime.api.state import SERVICE_NAME as STATE_NAME
 from runtime.api.state import TokenRate
 from runtime.config.schema import EngineConfig, RuntimeConfig
-from runtime.engine_client.groups import EngineGroup
+from runtime.engine_client.engine_group import EngineGroup
 from runtime.engine_client.lifecycle import EngineState
 from runtime.engine_client.restart_policy import RestartPolicy
 from runtime.ipc.messages import Hello

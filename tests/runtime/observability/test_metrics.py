@@ -1,7 +1,7 @@
 """Metrics: vLLM's names with values that add up, counters over an engine's restart, series that go with their model."""
 
 from common.model_state import ModelFigures, Tier
-from runtime.engine_client.groups import EngineGroup
+from runtime.engine_client.engine_group import EngineGroup
 from runtime.engine_client.lifecycle import EngineState
 from runtime.ipc.messages import EngineStats, GrammarFigures, Hello, RowTokens
 from runtime.observability.metrics import RuntimeMetrics

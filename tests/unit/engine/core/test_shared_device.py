@@ -146,11 +146,12 @@ def test_resize_preempts_the_rows_of_a_model_that_drains_too_long(made: Stage) -
     made.check_all()
 
 
-def test_resize_that_the_driver_refuses_changes_nothing(made: Stage) -> None:
-    made.backend.obtainable_slabs = 6
+def test_resize_takes_what_the_driver_has(made: Stage) -> None:
+    made.backend.obtainable_slabs = 4
     made.resize(1, 12)
     made.turn(3)
-    assert (share(made).committed_slabs, share(made).last_resize) == (0, 1)
+    assert (share(made).committed_slabs, share(made).last_resize) == (3, 1)  # half of half of 12
+    made.backend.obtainable_slabs = 6
     made.resize(2, 6)
     answered(made, "a")
     assert share(made).committed_slabs == 6
