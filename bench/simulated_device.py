@@ -1,6 +1,7 @@
 """A device in virtual time for the engine's own scheduling and residency code: steps and copies take as long as bytes and operations say.
 
-The device computes one step at a time. The link from the host carries one copy at a time, beside the steps.
+The device computes one step at a time. The link from the host carries one copy at a time, beside the steps. A step without a CUDA graph takes at least
+as long as Python needs to launch it (bench/simulated_graphs.py).
 """
 
 import heapq
@@ -9,12 +10,14 @@ from dataclasses import dataclass, field
 
 from bench.checkpoints import Shape
 from bench.limits import BF16_FLOP_PER_S, BODY_BYTES_PER_PARAMETER, COPY_BYTES_PER_S, HOST_TO_DEVICE_BYTES_PER_S
+from bench.simulated_graphs import SimulatedGraphPool, SimulatedGraphs, python_s
 from common.model_key import Quantization
 from common.units import MIB
 from runtime.engine.grammar.interfaces import TokenMasks
 from runtime.engine.interfaces import (
     AdapterJob,
     Bucket,
+    GraphCapture,
     GraphChoice,
     HostKvMemory,
     KvGeometry,
@@ -110,6 +113,7 @@ class SimulatedDevice:
         self.clock = clock
         self.overlap = overlap
         self.copied_bytes = 0
+        self.graphs = SimulatedGraphPool()
         self.host_used: dict[str, int] = {}
         self._models = models
         self._steps_end_s = 0.0
@@ -134,10 +138,10 @@ class SimulatedDevice:
         self.clock.advance(self._steps_end_s)
 
     def settle(self) -> None:
-        """Wait for nothing: no pass is captured."""
+        """Wait for nothing: a capture has ended when it returns."""
 
-    def next_capture(self) -> None:
-        return None
+    def next_capture(self) -> GraphCapture | None:
+        return self.graphs.next_capture()
 
     def idle(self, mark: Callable[[str], None]) -> bool:
         del mark
@@ -147,6 +151,10 @@ class SimulatedDevice:
         """Copy weights to the host tier if there is room."""
         if self.host_free_bytes() >= size_bytes:
             self.host_used[model_id] = size_bytes
+
+    def wait(self, seconds: float) -> None:
+        """Let the engine's thread work for so long."""
+        self.clock.advance(self.clock.now_s + seconds)
 
     def run_step(self, seconds: float, weights_s: float) -> float:
         """Queue a step that needs weights which arrive at `weights_s`. Returns when it ends."""
@@ -237,6 +245,9 @@ class _Runner:
         self._device = device
         self._model = model
         self._memory = memory
+        self._graphs = SimulatedGraphs(
+            model_id, model.shape, device.graphs, device.max_rows, device.wait, memory.swap_in_done
+        )
 
     def expect_adapters(self) -> None:
         """Prepare nothing: the traces have no adapters."""
@@ -248,18 +259,23 @@ class _Runner:
         """Keep nothing."""
 
     def choose_graph(self, plan: StepPlan) -> GraphChoice:
-        return GraphChoice()
+        return self._graphs.choose(plan)
 
     def has_graph(self, bucket: Bucket) -> bool:
-        return False
+        return self._graphs.has(bucket)
 
     def capture(self, bucket: Bucket, *, record: bool) -> None:
-        """Capture nothing: simulated steps have no graphs."""
+        self._graphs.capture(bucket, record=record)
 
     def launch(self, plan: StepPlan, padded_to: Bucket | None = None) -> _Step:
         context = sum(plan.starts) + plan.num_tokens
-        seconds = self._model.step_s(plan.num_tokens, context)
+        seconds = self._model.step_s(plan.num_tokens if padded_to is None else padded_to.num_tokens, context)
+        if padded_to is None:
+            # The device runs each layer while Python launches the next, and waits where Python takes longer.
+            seconds = max(seconds, python_s(self._model.shape))
         end_s = self._device.run_step(seconds, self._memory.ready_s)
+        if padded_to is None:
+            self._device.wait(python_s(self._model.shape))
         return _Step(self._device.clock, end_s, StepOutput([7] * sum(plan.samples), seconds * 1e6))
 
     def launch_forward(self, plan: StepPlan, padded_to: Bucket | None = None) -> None:

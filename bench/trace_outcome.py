@@ -83,8 +83,8 @@ FIRST_TOKENS_HEADER = (
     "| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |"
 )
 MEMORY_HEADER = (
-    "| line | policy | copied | of the link | bytes found | not copied | Belady | found / Belady | not copied / Belady |\n"
-    "| --- | --- | --: | --: | --: | --: | --: | --: | --: |"
+    "| line | policy | copied | of the link | bytes found | not copied | Belady | found / Belady | not copied / Belady | known counts / Belady |\n"
+    "| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |"
 )
 
 
@@ -99,11 +99,13 @@ def first_tokens_row(line: str, policy: str, outcome: Outcome) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def memory_row(line: str, policy: str, models: Mapping[str, SimulatedModel], outcome: Outcome, belady: float) -> str:
-    """Return the row of copied bytes and of byte hit rates. `belady`: the byte hit rate of Belady's algorithm."""
+def memory_row(
+    line: str, policy: str, models: Mapping[str, SimulatedModel], outcome: Outcome, belady: float, known_counts: float
+) -> str:
+    """Return the row of copied bytes and of byte hit rates. `belady`, `known_counts`: byte hit rates of bench/trace_bounds.py."""
     hits, rate = byte_hits(models, outcome), outcome.copied_bytes / outcome.span_s
     cells = [line, policy, f"{rate / 1e9:.1f} GB/s", f"{rate / HOST_TO_DEVICE_BYTES_PER_S:.0%}"]
-    shares = (hits.found, hits.not_copied, belady, hits.found / belady, hits.not_copied / belady)
+    shares = (hits.found, hits.not_copied, belady, hits.found / belady, hits.not_copied / belady, known_counts / belady)
     return f"| {' | '.join([*cells, *(f'{share:.0%}' for share in shares)])} |"
 
 

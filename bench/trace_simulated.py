@@ -85,7 +85,7 @@ class SimulatedEngine:
                         one.end_s, one.error = now, row.error or ""
                         waiting -= 1
             self._events.clear()
-            if not worked:
+            if not worked and not self._loop.idle():
                 arrival_s = started_s + trace[next_at].at_s if next_at < len(trace) else float("inf")
                 busy_s = self._clock.now_s + _POLL_S if waiting else float("inf")
                 self._clock.advance(min(arrival_s, self._clock.next_due_s(), busy_s))

@@ -214,9 +214,8 @@ class ModelGraphs:
         self._ready = ready
         self._likely = deque(likely)
         self._graphs: dict[Bucket, StepGraph] = {}  # least recently used first
-        self._covers: dict[
-            Bucket, Bucket | None
-        ] = {}  # buckets without a graph → the smallest one whose graph they may use
+        # buckets without a graph → the smallest one whose graph may run their steps
+        self._covers: dict[Bucket, Bucket | None] = {}
         self._uses: dict[Bucket, int] = {}
         self._warmed_up: Bucket | None = None
         if pool.enabled:
