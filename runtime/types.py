@@ -21,11 +21,17 @@ class FinishReason(StrEnum):
 
 
 class Pooling(StrEnum):
-    """Which of a prompt's last hidden states make its vector. The names are those of sentence-transformers."""
+    """How a prompt's last hidden states make its vector. The names and their order, in which vectors are joined, are those of sentence-transformers.
 
-    LAST = "lasttoken"
+    MEAN_SQRT_LEN divides the sum of n states by √n. WEIGHTED_MEAN gives the state at position p the weight p + 1.
+    """
+
     FIRST = "cls"
+    MAX = "max"
     MEAN = "mean"
+    MEAN_SQRT_LEN = "mean_sqrt_len_tokens"
+    WEIGHTED_MEAN = "weightedmean"
+    LAST = "lasttoken"
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
@@ -116,7 +122,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     stop: StopParams
     logprobs: LogprobParams = LogprobParams()
     priority: int = 0  # higher first
-    pooling: Pooling | None = None  # answer with a vector of the prompt; `stop.max_tokens` is 0 then
+    pooling: tuple[
+        Pooling, ...
+    ] = ()  # answer with these vectors of the prompt, end to end; `stop.max_tokens` is 0 then
     grammar: Grammar | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that are never drawn; none is empty
     reasoning_budget: ReasoningBudget | None = None

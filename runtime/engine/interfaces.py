@@ -6,7 +6,7 @@ one KV block of a model in units that the model's memory defines; kvcache.blocks
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -35,6 +35,10 @@ class RowSetup:
     masked: bool = False  # every draw of the row waits for a mask
 
 
+Reduction = Literal["sum", "weighted", "max"]
+"""How hidden states become one vector. A weighted sum gives the state at position p of its row the weight p + 1."""
+
+
 class StepPlan(msgspec.Struct, frozen=True):
     """One forward pass of one model. The lists are parallel, with one entry per row; decode rows come first.
 
@@ -49,7 +53,8 @@ class StepPlan(msgspec.Struct, frozen=True):
         new_blocks: (row, index in the row's page table, page id), before the step runs.
         prompt_logprobs: rows whose prompt log-probabilities are wanted for this chunk.
         masked: rows that sample in this step and whose draw waits for a mask. A row that has left them does not return before it is opened again.
-        pooled: (row, start, end): the sum of the last hidden states of the row's tokens at these positions, which the step computes, is wanted.
+        pooled: (row, start, end, reduction) of the last hidden states of the row's tokens at these positions, which the step computes. The entries of
+            a row are neighbours. Only sums may be of no token.
         adapters: slot of each row's LoRA adapter, -1 = none; empty if no row has one.
     """
 
@@ -62,7 +67,7 @@ class StepPlan(msgspec.Struct, frozen=True):
     new_blocks: list[tuple[int, int, int]] = []
     prompt_logprobs: list[int] = []
     masked: list[int] = []
-    pooled: list[tuple[int, int, int]] = []
+    pooled: list[tuple[int, int, int, Reduction]] = []
     adapters: list[int] = []
 
     @property
@@ -115,7 +120,7 @@ class StepOutput:
     device_us: float
     logprobs: list[TokenLogprobs | None] | None = None
     prompt_logprobs: dict[int, list[TokenLogprobs | None]] | None = None
-    vectors: dict[int, bytes] | None = None  # by row, float32 values: the plan's `pooled` sums
+    vectors: dict[int, bytes] | None = None  # by row, float32 values: the results of the plan's `pooled`, end to end
 
 
 class Drafter(Protocol):

@@ -10,7 +10,6 @@ from runtime.errors import LoadFailed
 from runtime.types import Pooling
 
 _T = TypeVar("_T")
-_SUPPORTED = "the mean of all tokens, the first or the last token"
 
 
 class _Module(msgspec.Struct, frozen=True):
@@ -25,9 +24,9 @@ class _Module(msgspec.Struct, frozen=True):
 
 
 class _Pooling(msgspec.Struct, frozen=True):
-    """1_Pooling/config.json: a flag for each mode, or the mode's name in newer files."""
+    """1_Pooling/config.json: a flag for each mode, or the names of the modes in newer files."""
 
-    pooling_mode: str | None = None
+    pooling_mode: str | list[str] | None = None
     pooling_mode_lasttoken: bool = False
     pooling_mode_mean_tokens: bool = False
     pooling_mode_cls_token: bool = False
@@ -39,14 +38,15 @@ class _Pooling(msgspec.Struct, frozen=True):
     @property
     def modes(self) -> list[str]:
         if self.pooling_mode is not None:
-            return [self.pooling_mode]
+            return [self.pooling_mode] if isinstance(self.pooling_mode, str) else self.pooling_mode
         flags: dict[str, bool] = {
-            Pooling.LAST: self.pooling_mode_lasttoken,
-            Pooling.MEAN: self.pooling_mode_mean_tokens,
             Pooling.FIRST: self.pooling_mode_cls_token,
+            Pooling.MAX: self.pooling_mode_max_tokens,
+            Pooling.MEAN: self.pooling_mode_mean_tokens,
+            Pooling.MEAN_SQRT_LEN: self.pooling_mode_mean_sqrt_len_tokens,
+            Pooling.WEIGHTED_MEAN: self.pooling_mode_weightedmean_tokens,
+            Pooling.LAST: self.pooling_mode_lasttoken,
         }
-        flags |= {"max": self.pooling_mode_max_tokens, "mean_sqrt_len": self.pooling_mode_mean_sqrt_len_tokens}
-        flags |= {"weightedmean": self.pooling_mode_weightedmean_tokens}
         return [name for name, used in flags.items() if used]
 
 
@@ -61,11 +61,12 @@ class Embedding(msgspec.Struct, frozen=True):
     """The content of the files.
 
     Attributes:
+        pooling: the modes whose vectors are joined, in the order of `Pooling`.
         default_prompt: the name of the prompt for requests that name none; None = no prompt.
         unsupported: why this server cannot follow the files; empty = it can.
     """
 
-    pooling: Pooling = Pooling.LAST
+    pooling: tuple[Pooling, ...] = (Pooling.LAST,)
     normalizes: bool = True
     prompts: Mapping[str, str] = {}
     default_prompt: str | None = None
@@ -86,9 +87,9 @@ def read_embedding(model_dir: Path) -> Embedding | None:
     others = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
     if others:
         return Embedding(unsupported=f"it has a module of the kind {others[0]}")
-    if len(found.modes) != 1 or found.modes[0] not in list(Pooling):
-        names = " and ".join(found.modes) or "no mode"
-        return Embedding(unsupported=f"its pooling is {names}, and only {_SUPPORTED} is supported")
+    unknown = [name for name in found.modes if name not in list(Pooling)]
+    if unknown or not found.modes:
+        return Embedding(unsupported=f"its pooling is {unknown[0] if unknown else 'no mode'}, which is not supported")
     asked = _read(model_dir / "config_sentence_transformers.json", _Prompts) or _Prompts()
     prompts = asked.prompts or {}
     if any(prompts.values()) and not found.include_prompt:
@@ -98,7 +99,8 @@ def read_embedding(model_dir: Path) -> Embedding | None:
             f"config_sentence_transformers.json has no prompt {asked.default_prompt_name!r}, which is its default_prompt_name"
         )
     normalizes = modules is None or "Normalize" in kinds
-    return Embedding(Pooling(found.modes[0]), normalizes, prompts, asked.default_prompt_name)
+    pooling = tuple(mode for mode in Pooling if mode in found.modes)
+    return Embedding(pooling, normalizes, prompts, asked.default_prompt_name)
 
 
 def _inside(model_dir: Path, name: str) -> Path:

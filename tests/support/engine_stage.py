@@ -4,6 +4,8 @@ import queue
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from runtime.config.schema import EngineConfig
 from runtime.engine.core.loop import EngineLoop
 from runtime.engine.interfaces import Drafter
@@ -183,7 +185,7 @@ class Stage:
         logprobs: LogprobParams | None = None,
         priority: int = 0,
         grammar: str | None = None,
-        pooling: Pooling | None = None,
+        pooling: tuple[Pooling, ...] = (),
         bad_words: tuple[tuple[int, ...], ...] = (),
         reasoning_budget: ReasoningBudget | None = None,
         **stop: object,
@@ -261,8 +263,10 @@ class Stage:
             for token, logprob in zip(answer.tokens, answer.logprobs, strict=True):
                 history.append(token)
                 assert logprob == FakeRunner.logprob(history)
-        if answer.add.request.pooling is not None:
-            assert answer.last.vector == FakeRunner.vector(answer.prompt, answer.add.request.pooling)
+        if answer.add.request.pooling:
+            assert answer.last.vector is not None
+            vectors = FakeRunner.vectors(answer.prompt, answer.add.request.pooling)
+            np.testing.assert_allclose(np.frombuffer(answer.last.vector, np.float32), vectors, rtol=1e-5)
         if answer.add.request.logprobs.prompt is not None:
             prompt = answer.prompt
             entries = [None, *(FakeRunner.logprob(prompt[: i + 1]) for i in range(1, len(prompt)))]

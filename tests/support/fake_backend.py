@@ -448,11 +448,14 @@ class FakeRunner:
                 prompt_logprobs[slot] = [
                     self.logprob(history[: position + 1]) if position else None for position in positions
                 ]
-            for pooled_row, first, last in plan.pooled:
+            for pooled_row, first, last, reduction in plan.pooled:
                 if pooled_row == slot:
-                    assert plan.starts[i] <= first < last <= end, "pooled tokens that the step does not compute"
-                    hidden = [self.hidden(self._read(row, position + 1)) for position in range(first, last)]
-                    vectors[slot] = np.sum(hidden, 0, np.float32).tobytes()
+                    assert plan.starts[i] <= first <= last <= end, "pooled tokens that the step does not compute"
+                    states = [self.hidden(self._read(row, position + 1)) for position in range(first, last)]
+                    hidden = np.array(states, np.float32).reshape(-1, 2)
+                    weights = np.arange(first, last)[:, None] + 1 if reduction == "weighted" else 1
+                    reduced = hidden.max(0) if reduction == "max" else (weights * hidden).sum(0)
+                    vectors[slot] = vectors.get(slot, b"") + reduced.astype(np.float32).tobytes()
             for known in range(end - plan.samples[i] + 1, end + 1):
                 history = self._read(row, known)
                 drawn = known - row.setup.prompt_len
@@ -486,16 +489,19 @@ class FakeRunner:
         return np.array([draw("hidden", history, 1000), len(history)], np.float32)
 
     @classmethod
-    def vector(cls, prompt: Sequence[int], pooling: Pooling) -> bytes:
-        """The vector of a whole prompt."""
-        states = [cls.hidden(prompt[: end + 1]) for end in range(len(prompt))]
-        match pooling:
-            case Pooling.LAST:
-                return states[-1].tobytes()
-            case Pooling.FIRST:
-                return states[0].tobytes()
-        mean: npt.NDArray[np.float32] = np.stack(states).mean(0, np.float32)
-        return mean.tobytes()
+    def vectors(cls, prompt: Sequence[int], pooling: Sequence[Pooling]) -> npt.NDArray[np.float32]:
+        """The vectors of a whole prompt, end to end."""
+        states = np.stack([cls.hidden(prompt[: end + 1]) for end in range(len(prompt))])
+        weights = np.arange(1, len(states) + 1)[:, None]
+        found: dict[Pooling, npt.NDArray[np.float32]] = {
+            Pooling.FIRST: states[0],
+            Pooling.MAX: states.max(0),
+            Pooling.MEAN: states.mean(0),
+            Pooling.MEAN_SQRT_LEN: states.sum(0) / len(states) ** 0.5,
+            Pooling.WEIGHTED_MEAN: (weights * states).sum(0) / weights.sum(),
+            Pooling.LAST: states[-1],
+        }
+        return np.concatenate([found[mode] for mode in pooling]).astype(np.float32)
 
     @staticmethod
     def logprob(history: Sequence[int]) -> TokenLogprobs:

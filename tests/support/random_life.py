@@ -11,6 +11,12 @@ from runtime.types import LogprobParams, Pooling, SamplingParams
 from tests.support.engine_stage import GREEDY, Stage
 from tests.support.fake_backend import FakeAdapterSpec, FakeBackend, FakeSpec
 
+POOLINGS: tuple[tuple[Pooling, ...], ...] = (
+    (),
+    *((mode,) for mode in Pooling),
+    (Pooling.FIRST, Pooling.LAST),
+    tuple(Pooling),
+)
 PENALTY = SamplingParams(temperature=0.0, repetition_penalty=1.1)
 
 
@@ -107,7 +113,7 @@ def run_life(
                     logprobs=logprobs,
                     priority=rng.choice((0, 0, 0, 1)),
                     grammar=grammars.choice((None, None, None, "half", "half/6", "often")) if varied else None,
-                    pooling=grammars.choice((None, *Pooling)) if varied and max_tokens == 0 else None,
+                    pooling=grammars.choice(POOLINGS) if varied and max_tokens == 0 else (),
                     min_tokens=rng.choice((0, 0, 4)),
                     ignore_eos=rng.random() < 0.3,
                     stop_token_ids=tuple(

@@ -16,7 +16,7 @@ from runtime.engine.scheduler.decode_batch import DecodeBatch
 from runtime.engine.scheduler.limits import KvRoom, Limits
 from runtime.engine.scheduler.lockstep_rows import LockstepRows
 from runtime.engine.scheduler.outputs import Chunk, Step, StopRules, settle_decode, settle_prefill
-from runtime.engine.scheduler.pooling import pooled_span
+from runtime.engine.scheduler.pooling import pooled_spans
 from runtime.engine.scheduler.row_pool import ModelRows
 from runtime.engine.scheduler.running_rows import RunningRows
 from runtime.engine.scheduler.sequence import Sequence, State
@@ -200,8 +200,8 @@ class Scheduler:
         plan.samples.append(draws)
         if draws and sequence.is_masked:
             plan.masked.append(sequence.row)
-        if (span := pooled_span(sequence, start, known_end)) is not None:
-            plan.pooled.append((sequence.row, *span))
+        if sequence.request.pooling:
+            plan.pooled.extend((sequence.row, *span) for span in pooled_spans(sequence, start, known_end))
         plan.tokens.extend(sequence.tokens[start:known_end])
         plan.tokens.extend(drafts)
         if scored:

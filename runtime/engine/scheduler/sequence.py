@@ -33,7 +33,7 @@ class Sequence:
         reserved_blocks: KV blocks that admission counted for the sequence.
         num_shared_blocks: blocks found in the prefix cache at the last admission, at the head of `block_ids`.
         num_cached_tokens: prompt tokens found in the prefix cache before the first token was sent.
-        pooled: the sum of the pooled hidden states so far, since the last admission.
+        pooled: [modes of the request's pooling, hidden size], of the hidden states so far, since the last admission.
         adapter: the sequence's LoRA adapter; None = the base alone.
     """
 

@@ -80,7 +80,7 @@ def test_token_that_spoils_the_next_logits_ends_the_row_after_it(engine: RealEng
 @pytest.mark.parametrize("pooling", Pooling)
 def test_vector_that_is_not_finite_is_an_error(engine: RealEngine, pooling: Pooling) -> None:
     def pooled(prompt: list[int]) -> GenerationRequest:
-        return msgspec.structs.replace(asked(prompt, max_tokens=0), pooling=pooling)
+        return msgspec.structs.replace(asked(prompt, max_tokens=0), pooling=(pooling,))
 
     bad, good = engine.run([("m", pooled([BAD, 1, 2])), ("m", pooled([3, 1, 2]))], may_fail=True)
     assert (ending(bad), bad[-1].vector) == ((FinishReason.ERROR, "INTERNAL"), None)

@@ -43,8 +43,8 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
     made = served(embedding_model(tmp_path / "m", modules=MODULES), "m1", max_model_len=40)
     plain = served(tiny.byte_level(tmp_path / "plain"), "m2")
     mean = served(embedding_model(tmp_path / "mean", {"pooling_mode_mean_tokens": True}, prompts=PROMPTS), "m3")
-    most = served(embedding_model(tmp_path / "max", {"pooling_mode_max_tokens": True}), "m4")
-    async with serve(ScriptedEngine(lambda asked: []), made, plain, mean, most) as found:
+    median = served(embedding_model(tmp_path / "median", {"pooling_mode": "median"}), "m4")
+    async with serve(ScriptedEngine(lambda asked: []), made, plain, mean, median) as found:
         yield found
 
 
@@ -84,7 +84,7 @@ async def test_truncation_keeps_the_last_tokens(server: Server) -> None:
     ("fields", "param", "words"),
     [
         ({"model": "m2"}, "model", "no 1_Pooling/config.json"),
-        ({"model": "m4"}, "model", "its pooling is max"),
+        ({"model": "m4"}, "model", "its pooling is median"),
         ({"model": "m3", "prompt_name": "passage"}, "prompt_name", "document, query"),
         ({"prompt_name": "query"}, "prompt_name", "its prompts are: none"),
         ({"model": "m3", "prompt_name": "query", "input": [5]}, "prompt_name", "token ids"),
@@ -126,7 +126,7 @@ async def test_embeddings_put_the_checkpoints_prompt_before_a_text(server: Serve
     fields = {} if name is None else {"prompt_name": name}
     assert (await post(server, model="m3", input="fox", **fields))[0] == 200
     asked = server.engine.asked[-1].request
-    assert (list(asked.prompt), asked.pooling) == (server.model.text.encode(text), Pooling.MEAN)
+    assert (list(asked.prompt), asked.pooling) == (server.model.text.encode(text), (Pooling.MEAN,))
 
 
 async def test_embeddings_report_a_vector_that_the_engine_did_not_finish(server: Server) -> None:
@@ -141,10 +141,14 @@ async def test_embeddings_report_a_vector_that_the_engine_did_not_finish(server:
         (LAST, MODULES[:2], Embedding(normalizes=False)),
         (LAST, None, Embedding(normalizes=True)),
         ({"pooling_mode": "lasttoken"}, MODULES, Embedding(normalizes=True)),
-        ({"pooling_mode_cls_token": True}, MODULES, Embedding(Pooling.FIRST)),
-        ({"pooling_mode": "mean", "include_prompt": False}, MODULES, Embedding(Pooling.MEAN)),
-        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, MODULES, Embedding(unsupported="its pooling is mean and cls, and only the mean of all tokens, the first or the last token is supported")),
-        ({"pooling_mode": "weightedmean"}, MODULES, Embedding(unsupported="its pooling is weightedmean, and only the mean of all tokens, the first or the last token is supported")),
+        ({"pooling_mode_cls_token": True}, MODULES, Embedding((Pooling.FIRST,))),
+        ({"pooling_mode": "mean", "include_prompt": False}, MODULES, Embedding((Pooling.MEAN,))),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, MODULES, Embedding((Pooling.FIRST, Pooling.MEAN))),
+        ({"pooling_mode": "weightedmean"}, MODULES, Embedding((Pooling.WEIGHTED_MEAN,))),
+        ({"pooling_mode": ["lasttoken", "max"]}, MODULES, Embedding((Pooling.MAX, Pooling.LAST))),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, MODULES, Embedding((Pooling.MEAN_SQRT_LEN,))),
+        ({"pooling_mode": "median"}, MODULES, Embedding(unsupported="its pooling is median, which is not supported")),
+        ({}, MODULES, Embedding(unsupported="its pooling is no mode, which is not supported")),
         (LAST, [*MODULES, {"type": "sentence_transformers.models.Dense", "path": "3_Dense"}], Embedding(unsupported="it has a module of the kind Dense")),
     ],
 )  # fmt: skip
