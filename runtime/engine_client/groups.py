@@ -293,6 +293,7 @@ class EngineGroups:
         if client is not None:
             await client.unload(model_id)
         self._bases.pop(model_id, None)
+        self._sharing.forget(model_id)
 
     def running(self, model_id: str) -> int:
         """Return the number of the model's open sequences, queued ones included."""

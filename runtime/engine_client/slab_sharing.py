@@ -95,6 +95,11 @@ class SlabSharing:
         """Count a use of a model."""
         self._uses.add(self.bases.get(model_id, model_id))
 
+    def forget(self, model_id: str) -> None:
+        """Drop what was counted of a model that is unloaded."""
+        self._uses.forget(model_id)
+        self._return_s.pop(model_id, None)
+
     async def admit(self, client: SharingEngine) -> None:
         """Wait until there is room for the process of an engine that is to be started."""
         member = self._member(client)

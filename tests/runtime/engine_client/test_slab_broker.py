@@ -242,4 +242,4 @@ class BrokerMachine(RuleBasedStateMachine):
 
 
 TestBroker = BrokerMachine.TestCase
-TestBroker.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+TestBroker.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
