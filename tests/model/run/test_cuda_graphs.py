@@ -103,6 +103,25 @@ def test_cuda_graphs_try_a_model_that_cannot_be_captured_once(caplog: pytest.Log
     assert "model tiny runs without CUDA graphs" in caplog.text
 
 
+def test_cuda_graphs_of_steps_with_adapters_take_turns_with_the_others() -> None:
+    """The second expectation repeats the first, as that of each further adapter does."""
+    plain = [Bucket(rows, rows, 1, 1024) for rows in (1, 2, 4)]
+    adapted = [bucket._replace(adapted=True) for bucket in plain]
+    graphs = ModelGraphs(
+        "tiny", cast("GraphPool", FakePool()), lambda: None, lambda _: torch.zeros(0), lambda: True, plain
+    )
+    assert graphs.ahead() == plain[0]
+    assert capture_now(graphs, plain[0])
+    assert graphs.ahead() == plain[1]
+    graphs.expect(adapted)
+    graphs.expect(adapted)
+    order = []
+    while (bucket := graphs.ahead()) is not None:
+        order.append(bucket)
+        assert capture_now(graphs, bucket)
+    assert order == [plain[1], adapted[0], plain[2], adapted[1], adapted[2]]
+
+
 def test_record_waits_for_weights_that_another_rank_has_already() -> None:
     ready = [False]
     pool = FakePool(collective=True, settle=lambda: ready.__setitem__(0, True))

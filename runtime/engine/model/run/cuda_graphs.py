@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 
@@ -226,8 +227,10 @@ class ModelGraphs:
         return len(self._graphs)
 
     def expect(self, likely: Sequence[Bucket]) -> None:
-        """Capture these buckets before any step requests them, but after those that are due."""
-        self._likely.extend(bucket for bucket in likely if bucket not in self._likely)
+        """Capture these buckets before any step requests them, too. They take turns with those that are due, which are as likely."""
+        further = [bucket for bucket in likely if bucket not in self._likely]
+        turns = zip_longest(self._likely, further)
+        self._likely = deque(bucket for turn in turns for bucket in turn if bucket is not None)
 
     def ahead(self) -> Bucket | None:
         """Return the first likely bucket without a graph, or None."""
