@@ -40,14 +40,14 @@ for codes, largest in (("*i8", 127.0), ("*fp8e4nv", 448.0)):
         check(linear8._linear8_kernel, {**constants, "KIND": kind, "SPLIT": split, "EARLY": early}, 4, scale_ptr="*fp32", **pointers)
 tables = {"places_ptr": "*i64", "hidden_ptr": "*fp32", "memory_ptr": "*bf16", "y_ptr": "*bf16", **halves}
 for block_t, block_n, slices in ((16, 64, 3), (16, 128, 1), (64, 128, 2)):
-    constants = {"HIDDEN_STRIDE": 256, "BLOCK_T": block_t, "BLOCK_R": 16, "PDL": True, "PRECISION": "tf32"}
+    constants = {"BLOCK_T": block_t, "BLOCK_R": 16, "PDL": True, "PRECISION": "tf32"}
     each = 1 if block_t == 16 else slices
     check(adapters_triton.shrink_kernel, {**constants, "SLICES": slices, "EACH": each, "EVEN_K": slices > 1, "BLOCK_K": 128}, 4, **tables)
     expand = {**constants, "SPLITS": 4, "BLOCK_N": block_n}
     check(adapters_triton.expand_kernel, {**expand, "SLICES": slices}, 4, **tables)
     check(adapters_triton.gated_expand_kernel, {**expand, "SLICES": min(slices, 2), "KIND": 1}, 8, **tables)
 pointers = {**tables, "residual_ptr": "*bf16"}
-constants = {"HIDDEN_STRIDE": 64, "SPLITS": 4, "BLOCK": 4096, "BLOCK_R": 16, "PLUS_ONE": False, "PDL": True}
+constants = {"SPLITS": 4, "BLOCK": 4096, "BLOCK_R": 16, "PLUS_ONE": False, "PDL": True}
 check(adapter_norm.adapted_norm_kernel, constants, 16, **pointers, eps="fp32")
 print("compiled")
 """

@@ -32,7 +32,6 @@ def adapted_norm_kernel(
     hidden_rows,
     PLUS_ONE: tl.constexpr,
     SPLITS: tl.constexpr,
-    HIDDEN_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
@@ -56,11 +55,12 @@ def adapted_norm_kernel(
     y = tl.load(y_ptr + token * y_stride + cols, mask=mask, other=0.0)
     residual = tl.load(residual_ptr + token * width + cols, mask=mask, other=0.0)
     parts = tl.arange(0, SPLITS)
-    part_ptrs = hidden_ptr + (parts[:, None] * hidden_rows + place) * HIDDEN_STRIDE + ranks[None, :]
+    part_ptrs = hidden_ptr + (parts[:, None] * hidden_rows + place) * BLOCK_R + ranks[None, :]
+    rank_stride = hidden_rows.to(tl.int64) * num_splits
     h = tl.sum(tl.load(part_ptrs, mask=(parts < num_splits)[:, None] & (rank > 0), other=0.0), 0).to(DTYPE)
     added = tl.sum(b.to(tl.float32) * h.to(tl.float32)[None, :], 1)
     for r in range(BLOCK_R, rank, BLOCK_R):
-        h = tl.sum(tl.load(part_ptrs + r, mask=(parts < num_splits)[:, None], other=0.0), 0).to(DTYPE)
+        h = tl.sum(tl.load(part_ptrs + r * rank_stride, mask=(parts < num_splits)[:, None], other=0.0), 0).to(DTYPE)
         b = tl.load(b_ptrs + r, mask=mask[:, None], other=0.0)
         added += tl.sum(b.to(tl.float32) * h.to(tl.float32)[None, :], 1)
     y = (y.to(tl.float32) + added).to(DTYPE)
@@ -105,7 +105,6 @@ def add_rms_norm(
             num_tokens,
             PLUS_ONE=plus_one,
             SPLITS=triton.next_power_of_2(shrunk.num_splits),
-            HIDDEN_STRIDE=shrunk.stride,
             BLOCK=triton.next_power_of_2(width),
             BLOCK_R=BLOCK_R,
             PDL=pdl.overlaps(y),

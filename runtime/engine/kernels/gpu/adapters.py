@@ -18,15 +18,18 @@ MOST_LANES = 16  # programs of an expand among which the chunks of a block of ou
 _BLOCK_K, _BLOCK_K_OF_LARGE = 128, 64  # columns of a shrink's step, for small and large chunks
 BLOCK_R = 16
 _FEW_CHUNKS = 16
+_MANY_PROGRAMS = 256  # of a shrink: about two for each multiprocessor
 
 
 @dataclass(frozen=True, slots=True)
 class Shrunk:
-    """The sums of A · x of one launch: `num_splits` parts of [tokens in the order of the chunks, modules, stride] float32."""
+    """The sums of A · x of one launch: float32 [blocks of BLOCK_R ranks, `num_splits`, tokens in the order of the chunks, modules, BLOCK_R].
+
+    Blocks of ranks come first, because most adapters have few ranks and the memory has room for the largest.
+    """
 
     parts: Tensor
     num_splits: int
-    stride: int
 
 
 def add_adapters(
@@ -64,9 +67,8 @@ def shrink(
     num_tokens, in_features = x.shape
     if not 0 < slices <= MAX_MODULES or x.stride(1) != 1:
         raise ValueError(f"x {list(x.shape)} with strides {x.stride()} does not fit {slices} modules")
-    stride = triton.next_power_of_2(max(table.max_rank, BLOCK_R))
     how = tiling(chunks, in_features, slices)
-    elements = how.splits * num_tokens * slices * stride
+    elements = how.splits * num_tokens * slices * triton.cdiv(table.max_rank, BLOCK_R) * BLOCK_R
     # Every launch that uses the scratch waits for the kernels before it, so the parts live until the expand has read them.
     if scratch is not None and scratch.partials.numel() >= elements:
         parts = scratch.partials
@@ -88,7 +90,6 @@ def shrink(
             num_tokens,
             SLICES=slices,
             EACH=how.modules_each,
-            HIDDEN_STRIDE=stride,
             EVEN_K=in_features % how.block_k == 0,
             BLOCK_T=chunks.tokens,
             BLOCK_K=how.block_k,
@@ -99,7 +100,7 @@ def shrink(
             num_stages=4,
             **pdl.options(x),
         )
-    return Shrunk(parts, how.splits, stride)
+    return Shrunk(parts, how.splits)
 
 
 def expand(
@@ -128,7 +129,6 @@ def expand(
         num_tokens,
         SLICES=len(widths),
         SPLITS=triton.next_power_of_2(shrunk.num_splits),
-        HIDDEN_STRIDE=shrunk.stride,
         BLOCK_T=chunks.tokens,
         BLOCK_N=block_n,
         BLOCK_R=BLOCK_R,
@@ -174,7 +174,6 @@ def expand_gated(
         KIND=GATE_CODES[activation],
         SLICES=len(widths),
         SPLITS=triton.next_power_of_2(shrunk.num_splits),
-        HIDDEN_STRIDE=shrunk.stride,
         BLOCK_T=chunks.tokens,
         BLOCK_N=block_n,
         BLOCK_R=BLOCK_R,
@@ -204,7 +203,10 @@ def tiling(chunks: Chunks, in_features: int, slices: int) -> Tiling:
     """
     is_small = chunks.tokens <= SMALL_CHUNK
     block_k = _BLOCK_K if is_small else _BLOCK_K_OF_LARGE
-    most = 8 if 1 < chunks.most <= _FEW_CHUNKS and is_small else 4
+    if is_small:
+        most = 8 if 1 < chunks.most <= _FEW_CHUNKS else 4
+    else:
+        most = min(4, triton.cdiv(_MANY_PROGRAMS, chunks.most))
     steps = triton.cdiv(in_features, block_k)
     steps_each = triton.cdiv(steps, min(most, steps))
     return Tiling(block_k, triton.cdiv(steps, steps_each), steps_each, 1 if is_small else slices)

@@ -58,7 +58,6 @@ def shrink_kernel(
     hidden_rows,
     SLICES: tl.constexpr,
     EACH: tl.constexpr,
-    HIDDEN_STRIDE: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -98,7 +97,8 @@ def shrink_kernel(
     a_first = tl.load(a_first_ptrs, mask=inside & (ranks > 0)[:, None], other=0.0)
     pdl.wait(PDL)
     place = (split * hidden_rows + first + rows).to(tl.int64)[:, None] * SLICES + module
-    out_ptrs = hidden_ptr + place * HIDDEN_STRIDE + (lines % BLOCK_R)[None, :]
+    out_ptrs = hidden_ptr + place * BLOCK_R + (lines % BLOCK_R)[None, :]
+    rank_stride = hidden_rows.to(tl.int64) * tl.num_programs(2) * SLICES
     for r in range(0, rank, BLOCK_R):
         x_ptrs = x_ptr + tokens[:, None] * x_stride + cols[None, :]
         a_ptrs = a_first_ptrs + r * K
@@ -123,13 +123,14 @@ def shrink_kernel(
                 x = tl.load(x_ptrs, mask=mask[:, None] & further, other=0.0)
                 a = tl.load(a_ptrs, mask=further & there, other=0.0)
             acc = dot_add(x.to(WORK), tl.trans(a.to(WORK)), acc, PRECISION)
-        tl.store(out_ptrs + r, acc, mask=mask[:, None] & (ranks > r)[None, :])
+        tl.store(out_ptrs + r * rank_stride, acc, mask=mask[:, None] & (ranks > r)[None, :])
 
 
 @triton.jit
 def _added(
     y,
     part_ptrs,
+    rank_stride,
     mask_h,
     b_ptrs,
     b_first,
@@ -140,13 +141,13 @@ def _added(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Return y + B · h in y's type. `part_ptrs` [parts, rows, ranks] begin at rank 0, and `b_first` holds the first ranks of B."""
+    """Return y + B · h in y's type. `part_ptrs` [parts, rows, ranks] and `b_first` are those of the first BLOCK_R ranks."""
     DTYPE: tl.constexpr = y.dtype
     WORK: tl.constexpr = tl.float32 if PRECISION == "widen" else DTYPE
     acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for r in range(0, rank, BLOCK_R):
         # All parts at once: one after the other, each would wait for the memory.
-        h = tl.sum(tl.load(part_ptrs + r, mask=mask_h, other=0.0), 0)
+        h = tl.sum(tl.load(part_ptrs + r * rank_stride, mask=mask_h, other=0.0), 0)
         b = b_first
         if r > 0:
             b = tl.load(b_ptrs + r, mask=mask_n[:, None], other=0.0)
@@ -172,7 +173,6 @@ def expand_kernel(
     hidden_rows,
     SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
-    HIDDEN_STRIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -205,7 +205,8 @@ def expand_kernel(
     parts = tl.arange(0, SPLITS)
     outs = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = outs < width
-    part_stride = hidden_rows.to(tl.int64) * (SLICES * HIDDEN_STRIDE)
+    rank_stride = hidden_rows.to(tl.int64) * num_splits * SLICES
+    part_stride = hidden_rows.to(tl.int64) * (SLICES * BLOCK_R)
     num_chunks = tl.load(upload_ptr + word)
     lanes = tl.num_programs(0)
     slot, first, mask, tokens = _chunk_of(tl.program_id(0), num_chunks, upload_ptr, word, BLOCK_T)
@@ -214,8 +215,8 @@ def expand_kernel(
     b = tl.load(b_ptrs, mask=mask_n[:, None] & (rank > 0), other=0.0)
     pdl.wait(PDL)
     for c in range(tl.program_id(0), num_chunks, lanes):
-        h_ptr = hidden_ptr + (first.to(tl.int64) * SLICES + module) * HIDDEN_STRIDE
-        h_ptrs = h_ptr + rows[:, None] * (SLICES * HIDDEN_STRIDE) + ranks[None, :]
+        h_ptr = hidden_ptr + (first.to(tl.int64) * SLICES + module) * BLOCK_R
+        h_ptrs = h_ptr + rows[:, None] * (SLICES * BLOCK_R) + ranks[None, :]
         part_ptrs = h_ptrs[None, :, :] + parts[:, None, None] * part_stride
         mask_h = (parts < num_splits)[:, None, None] & mask[None, :, None]
         y_ptrs = y_ptr + tokens[:, None] * y_stride + (column + outs)[None, :]
@@ -223,7 +224,7 @@ def expand_kernel(
         y = tl.load(y_ptrs, mask=touched, other=0.0)
         # What the lane's next chunk needs is fetched while this one is computed: each step of its way waits for the memory.
         next_slot, next_first, next_mask, next_tokens = _chunk_of(c + lanes, num_chunks, upload_ptr, word, BLOCK_T)
-        y = _added(y, part_ptrs, mask_h, b_ptrs, b, mask_n, rank, BLOCK_T, BLOCK_N, BLOCK_R, PRECISION)
+        y = _added(y, part_ptrs, rank_stride, mask_h, b_ptrs, b, mask_n, rank, BLOCK_T, BLOCK_N, BLOCK_R, PRECISION)
         _, b_at, rank = locate(next_slot, first_module + module, places_ptr, num_modules)
         b_ptrs = memory_ptr + b_at + outs.to(tl.int64)[:, None] * rank + ranks[None, :]
         b = tl.load(b_ptrs, mask=mask_n[:, None] & (rank > 0), other=0.0)
@@ -261,7 +262,6 @@ def gated_expand_kernel(
     KIND: tl.constexpr,
     SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
-    HIDDEN_STRIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -276,7 +276,8 @@ def gated_expand_kernel(
     parts = tl.arange(0, SPLITS)
     outs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = outs < width
-    part_stride = hidden_rows.to(tl.int64) * (SLICES * HIDDEN_STRIDE)
+    rank_stride = hidden_rows.to(tl.int64) * num_splits * SLICES
+    part_stride = hidden_rows.to(tl.int64) * (SLICES * BLOCK_R)
     num_chunks = tl.load(upload_ptr + word)
     lanes = tl.num_programs(0)
     lines = outs.to(tl.int64)[:, None]
@@ -288,7 +289,7 @@ def gated_expand_kernel(
     up_b = tl.load(up_b_ptrs, mask=mask_n[:, None] & (up_rank > 0), other=0.0)
     pdl.wait(PDL)
     for c in range(tl.program_id(0), num_chunks, lanes):
-        h_ptrs = hidden_ptr + (first + rows).to(tl.int64)[:, None] * (SLICES * HIDDEN_STRIDE) + ranks[None, :]
+        h_ptrs = hidden_ptr + (first + rows).to(tl.int64)[:, None] * (SLICES * BLOCK_R) + ranks[None, :]
         part_ptrs = h_ptrs[None, :, :] + parts[:, None, None] * part_stride
         mask_h = (parts < num_splits)[:, None, None] & mask[None, :, None]
         touched = mask[:, None] & mask_n[None, :]
@@ -296,10 +297,12 @@ def gated_expand_kernel(
         gate = tl.load(y_ptrs, mask=touched, other=0.0)
         up = tl.load(y_ptrs + width, mask=touched, other=0.0)
         next_slot, next_first, next_mask, next_tokens = _chunk_of(c + lanes, num_chunks, upload_ptr, word, BLOCK_T)
-        gate = _added(gate, part_ptrs, mask_h, gate_b_ptrs, gate_b, mask_n, gate_rank, BLOCK_T, BLOCK_N, BLOCK_R, PRECISION)  # fmt: skip
+        gate = _added(gate, part_ptrs, rank_stride, mask_h, gate_b_ptrs, gate_b, mask_n, gate_rank, BLOCK_T, BLOCK_N, BLOCK_R, PRECISION)  # fmt: skip
         if SLICES == 2:
-            part_ptrs += HIDDEN_STRIDE
-        up = _added(up, part_ptrs, mask_h, up_b_ptrs, up_b, mask_n, up_rank, BLOCK_T, BLOCK_N, BLOCK_R, PRECISION)
+            part_ptrs += BLOCK_R
+        up = _added(
+            up, part_ptrs, rank_stride, mask_h, up_b_ptrs, up_b, mask_n, up_rank, BLOCK_T, BLOCK_N, BLOCK_R, PRECISION
+        )
         gate_at, gate_rank, up_at, up_rank = _gate_and_up(
             next_slot, first_module, places_ptr, num_modules, width, SLICES
         )
