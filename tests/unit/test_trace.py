@@ -12,6 +12,9 @@ from bench.trace_workload import Request, TraceLine, make_models, make_trace, ma
 from common.model_state import Tier
 from common.units import GIB, MIB
 
+# The tests of the scheduler and of residency measure what the simulation uses of them.
+pytestmark = pytest.mark.no_cover
+
 MODELS = make_models(12)
 TRACE = make_trace(list(MODELS), seconds=20.0, rate=2.0, alpha=0.9, cv=4.0)
 BUDGETS = (24 * GIB, 48 * GIB)
