@@ -82,7 +82,7 @@ class Loader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a request goes: a local runtime, or a peer pod one hop away."""
+    """Where a request goes: a local runtime, a peer pod one hop away, or the pod's process that decides, for a worker (`is_control`)."""
 
     instance_id: str
     local: bool
@@ -90,6 +90,11 @@ class Target:
     http_address: str  # "unix:PATH" or "HOST:PORT"
     generation: int = 0  # which load of a local copy this is: a late "not found" about an earlier one means nothing
     is_loaded: bool = True  # False: the copy is loading, and its pod holds the request until it is loaded
+    is_control: bool = False
+
+    @property
+    def is_peer(self) -> bool:
+        return not self.local and not self.is_control
 
 
 @dataclass(frozen=True, slots=True)

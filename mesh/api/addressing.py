@@ -31,6 +31,7 @@ _NEVER_FORWARDED = (
 _RESERVED = frozenset({"tas-model-id", "content-type", "user-agent", "te", *PEER_HEADERS, *LOG_HEADERS, PREFIX_HEADER})
 _RESERVED_TO_PODS = _RESERVED | {REQUEST_ID_HEADER}
 _RESERVED_TO_RUNTIME = _RESERVED_TO_PODS | {"authorization"}
+_OF_CONNECTION = frozenset({"content-type", "user-agent", "te", REQUEST_ID_HEADER})
 _TRANSPORT = ("mm-", "grpc-", ":")
 # A status' details belong to the application although their key begins with grpc-.
 _APPLICATION = "grpc-status-details-bin"
@@ -164,6 +165,15 @@ def onward(
         passed.append((MODEL_HEADER, model_id))
     passed.extend(peer_headers)
     return passed
+
+
+def unread(metadata: Metadata) -> list[tuple[str, str | bytes]]:
+    """Return the metadata for a process of this pod that handles the call as if it were the first: all but the transport's, and the request id."""
+    return [
+        (key, value)
+        for key, value in metadata
+        if key not in _OF_CONNECTION and (not key.startswith(("grpc-", ":")) or key == _APPLICATION)
+    ]
 
 
 def backward(metadata: Metadata) -> tuple[tuple[str, str | bytes], ...]:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import quote
 
@@ -16,8 +16,7 @@ import msgspec
 
 from common.log_headers import CALLER_HEADER, LOGGED_HEADER, NAME_HEADER, WAITED_HEADER
 from mesh.access.caller import current_caller
-from mesh.access.peer_keys import PeerKeys
-from mesh.api.addressing import REQUEST_ID_HEADER, backward, onward
+from mesh.api.addressing import REQUEST_ID_HEADER, backward, onward, unread
 from mesh.api.call_metadata import CallMetadata, Metadata
 from mesh.api.protobuf_field import inject
 from mesh.api.replay_buffer import ReplayBuffer
@@ -65,7 +64,7 @@ class GrpcRequest(msgspec.Struct):
     model_id: str = ""
     code: str = "OK"
     first_s: float = 0.0  # until the first message of the response
-    is_logged: bool = False  # by this pod's runtime
+    is_logged: bool = False  # by another process of this pod
     response_bytes: int = 0
     invocations: list[tuple[str, float]] = msgspec.field(default_factory=list)
 
@@ -95,14 +94,18 @@ class _Stubs(Generic[Stub]):
 
 
 class GrpcForwarder:
-    """`limits`: the local runtime's limits, once they are known."""
+    """`peer_headers`: what a call to another pod carries. `limits`: the local runtime's limits, once they are known."""
 
     def __init__(
-        self, connections: Connections, metrics: Metrics, peers: PeerKeys, limits: Callable[[], RuntimeLimits | None]
+        self,
+        connections: Connections,
+        metrics: Metrics,
+        peer_headers: Callable[[], Sequence[tuple[str, str]]],
+        limits: Callable[[], RuntimeLimits | None],
     ) -> None:
         self._connections = connections
         self._metrics = metrics
-        self._peers = peers
+        self._peer_headers = peer_headers
         self._limits = limits
         self._unary_stubs = _Stubs[grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]]()
         self._stream_stubs = _Stubs[grpc.aio.UnaryStreamMultiCallable[bytes, bytes]]()
@@ -225,10 +228,12 @@ class GrpcForwarder:
         return call, sending
 
     def _channel(self, target: Target) -> grpc.aio.Channel:
-        return self._connections.grpc(target.grpc_address, of_pod=not target.local)
+        return self._connections.grpc(target.grpc_address, of_pod=target.is_peer)
 
     def _metadata(self, request: GrpcRequest, attempt: Attempt) -> list[tuple[str, str | bytes]]:
-        peer_headers = () if attempt.target.local else self._peers.headers()
+        if attempt.target.is_control:
+            return [*unread(request.metadata.pairs), (REQUEST_ID_HEADER, request.request_id)]
+        peer_headers = () if attempt.target.local else self._peer_headers()
         metadata = onward(request.metadata.pairs, attempt.model_id, peer_headers=peer_headers)
         metadata.append((REQUEST_ID_HEADER, request.request_id))
         if attempt.target.local:
@@ -260,9 +265,10 @@ class GrpcForwarder:
 def _trailers(
     request: GrpcRequest, attempt: Attempt, trailers: Iterable[tuple[str, str | bytes]] | None
 ) -> tuple[tuple[str, str | bytes], ...]:
-    """Return the trailers for the caller, and note whether they say that this pod's runtime logs the call."""
+    """Return the trailers for the caller, and note whether another process of this pod logs the call: its runtime says so in them."""
     received = tuple(trailers or ())
-    request.is_logged = attempt.target.local and any(key == LOGGED_HEADER for key, _ in received)
+    target = attempt.target
+    request.is_logged = target.is_control or (target.local and any(key == LOGGED_HEADER for key, _ in received))
     return backward(received)
 
 

@@ -19,8 +19,8 @@ from mesh.access.guard import Guard, bearer_secret
 from mesh.access.peer_keys import PEER_KEY_HEADER
 from mesh.access.scopes import grpc_scopes
 from mesh.api.call_metadata import CallMetadata
+from mesh.api.grpc_calls import GrpcCalls
 from mesh.api.grpc_own_calls import own_call
-from mesh.api.inference import InferenceGateway, refuse
 from mesh.errors import MeshError
 
 _MANAGEMENT = ("/mmesh.ModelMesh/", "/com.ibm.watson.tas.proto.TasRuntime/")
@@ -73,10 +73,10 @@ class OwnHandlers:
 class GrpcHandlers(grpc.GenericRpcHandler):
     """The only handler of a server. A method that no handler in `own` takes is forwarded."""
 
-    def __init__(self, admit: Admission, own: Sequence[grpc.GenericRpcHandler], gateway: InferenceGateway) -> None:
+    def __init__(self, admit: Admission, own: Sequence[grpc.GenericRpcHandler], calls: GrpcCalls) -> None:
         self._admit = admit
         self._own = tuple(own)
-        self._gateway = gateway
+        self._calls = calls
         self._not_own: set[str] = set()  # known methods that no handler in `own` takes
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
@@ -85,7 +85,7 @@ class GrpcHandlers(grpc.GenericRpcHandler):
         try:
             end = self._admit(path, metadata)
         except MeshError as error:
-            return grpc.stream_stream_rpc_method_handler(refuse(error, path.lstrip("/"), metadata))
+            return grpc.stream_stream_rpc_method_handler(self._calls.refusal(error, path.lstrip("/"), metadata))
         # A call's handler runs in the task that looks for it, which ends with the call.
         if end is not None and (call := asyncio.current_task()) is not None:
             call.add_done_callback(lambda _: end())
@@ -96,6 +96,6 @@ class GrpcHandlers(grpc.GenericRpcHandler):
                 if found is not None:
                     is_read = not path.startswith(_MANAGEMENT) or path.rpartition("/")[2].startswith("get")
                     return own_call(method, metadata, found, is_read=is_read)
-            if self._gateway.is_known(method):
+            if self._calls.is_known(method):
                 self._not_own.add(method)
-        return self._gateway.handler(method, metadata)
+        return self._calls.handler(method, metadata)

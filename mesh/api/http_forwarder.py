@@ -1,6 +1,7 @@
 """Carries one HTTP request to a target and holds the response: its status, its headers and the bytes that have arrived."""
 
 import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -11,7 +12,7 @@ from yarl import URL
 
 from common.log_headers import CALLER_HEADER, LOG_HEADERS, LOGGED_HEADER, NAME_HEADER, WAITED_HEADER
 from common.not_here import NOT_HERE_HEADER
-from mesh.access.peer_keys import PEER_HEADERS, PeerKeys
+from mesh.access.peer_keys import PEER_HEADERS
 from mesh.api.addressing import MODEL_HEADER
 from mesh.client.connections import Connections
 from mesh.errors import NotSupported, Unavailable
@@ -48,6 +49,8 @@ _UNAVAILABLE = (502, 503)
 class HttpRequest:
     """A client's request as it is forwarded: the path with its query, the end-to-end headers and the decoded body.
 
+    A body that is not read here is an iterator, and its request can be sent once.
+
     The runtime logs what follows: `name` is the model's name as the client wrote it, `caller` the name of the client's key, and `started_s`
     the monotonic time of the request's arrival.
     """
@@ -55,18 +58,23 @@ class HttpRequest:
     method: str
     path: str
     headers: Headers
-    body: bytes
+    body: bytes | AsyncIterator[bytes] | None
     name: str = ""
     caller: str = ""
     started_s: float = field(default_factory=time.monotonic)
 
 
 class HttpForwarder:
-    """A context manager that closes the response of the last `forward`. One that was not read to its end loses its connection, which frees the row."""
+    """A context manager that closes the response of the last `forward`. One that was not read to its end loses its connection, which frees the row.
 
-    def __init__(self, connections: Connections, peers: PeerKeys, request: HttpRequest) -> None:
+    `peer_headers`: what a request to another pod carries.
+    """
+
+    def __init__(
+        self, connections: Connections, peer_headers: Callable[[], Sequence[tuple[str, str]]], request: HttpRequest
+    ) -> None:
         self._connections = connections
-        self._peers = peers
+        self._peer_headers = peer_headers
         self._request = request
         self._response: aiohttp.ClientResponse | None = None
         self._first_chunk = b""
@@ -91,7 +99,7 @@ class HttpForwarder:
             raise NotSupported("its runtime has no HTTP API; call it by gRPC", model=attempt.model_id)
         self.local_since_s = time.monotonic() if target.local else None
         self._attempt = attempt
-        session, base = self._connections.http(target.http_address, of_pod=not target.local)
+        session, base = self._connections.http(target.http_address, of_pod=target.is_peer)
         try:
             async with attempt.until_lost():
                 self._response = await session.request(
@@ -130,7 +138,9 @@ class HttpForwarder:
 
     @property
     def is_logged(self) -> bool:
-        """Whether this pod's runtime logs the request, so that the mesh need not."""
+        """Whether another process of this pod logs the request, so that this one need not."""
+        if self._attempt is not None and self._attempt.target.is_control:
+            return True
         return self.local_since_s is not None and LOGGED_HEADER in self.response.headers
 
     @property
@@ -156,6 +166,8 @@ class HttpForwarder:
 
     def _headers(self, model_id: str, target: Target) -> Headers:
         """Return the headers for a target. The client's key goes to another pod, never to a runtime."""
+        if target.is_control:
+            return self._request.headers
         headers = [
             (key, value)
             for key, value in end_to_end(self._request.headers)
@@ -167,7 +179,7 @@ class HttpForwarder:
             headers.append((CALLER_HEADER, quote(self._request.caller)))
             headers.append((WAITED_HEADER, f"{time.monotonic() - self._request.started_s:.3f}"))
         else:
-            headers += self._peers.headers()
+            headers += self._peer_headers()
         return headers
 
     def _close(self) -> None:

@@ -86,7 +86,7 @@ class HttpGateway:
         )
         with (
             self._router.attempts(routing) as attempts,
-            HttpForwarder(self._connections, self._peers, forwarded) as forwarder,
+            HttpForwarder(self._connections, self._peers.headers, forwarded) as forwarder,
         ):
             # The pod that the client called sends the comments: one from here would keep that pod from asking another one.
             keep_alive = self._keep_alive(request, record, attempts) if wants_events and not from_peer else None

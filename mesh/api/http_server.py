@@ -1,8 +1,7 @@
 """Serves the pod's HTTP port: forwarding of OpenAI's API, models, admin and health."""
 
-import asyncio
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import unquote
 
 from aiohttp import web
@@ -16,17 +15,14 @@ from mesh.access.guard import Guard, bearer_secret
 from mesh.access.peer_keys import PEER_KEY_HEADER
 from mesh.access.scopes import http_scopes
 from mesh.access.tls import TlsIdentity
-from mesh.api.connection_limits import ConnectionLimits, LimitedConnections
-from mesh.api.http_body import BODY_TIMEOUT_S
+from mesh.api.connection_limits import ConnectionLimits
 from mesh.api.http_errors import errors_as_json, response_of
+from mesh.api.http_listeners import HttpListeners
 from mesh.api.request_log import request_log
 from mesh.api.web_guard import WebGuard, has_certificate
 from mesh.errors import InvalidRequest, NotSupported, Unauthenticated
 from mesh.observability.metrics import Metrics
 
-_HEADERS_BYTES = 16 * 1024
-_BACKLOG = 1024
-_HANDSHAKE_S = 20.0
 # Routes of SageMaker and of text-embeddings-inference.
 _UNSUPPORTED_PATHS = ("/invocations", "/embed", "/rerank")
 
@@ -61,29 +57,15 @@ class HttpServer:
         self._peer_address = peer_address
         self._peer_tls = peer_tls
         web_guard = WebGuard(web_policy, is_keyless=not guard.requires_keys)
-        self._connections = LimitedConnections(limits, self._library_protocol)
-        middlewares: list[Middleware] = [self._connections.middleware, request_log(metrics), errors_as_json]
-        middlewares += [web_guard.middleware, guarded(guard, behind_envoy=behind_envoy), refuse_ambiguous_paths]
-        app = self._app = web.Application(middlewares=middlewares)
-        app[BODY_TIMEOUT_S] = limits.body_s
+        middlewares: list[Middleware] = [request_log(metrics), errors_as_json, web_guard.middleware]
+        middlewares += [guarded(guard, behind_envoy=behind_envoy), refuse_ambiguous_paths]
+        self._listeners = HttpListeners(limits, middlewares, grace_s=grace_s)
+        app = self._app = self._listeners.app
         web_guard.add_to(app)
         for part in routes:
             part.add_to(app.router)
         for path in _UNSUPPORTED_PATHS:
             app.router.add_post(path, _refuse_path)
-        # A client that disconnects must free its sequence.
-        self._runner = web.AppRunner(
-            app,
-            handler_cancellation=True,
-            keepalive_timeout=limits.idle_s,
-            shutdown_timeout=grace_s,
-            access_log=None,
-            # Bodies are decoded after the key was checked, off the event loop.
-            auto_decompress=False,
-            max_field_size=_HEADERS_BYTES,
-            max_line_size=_HEADERS_BYTES,
-        )
-        self._listeners: list[asyncio.Server] = []
         self.port = 0
         self.peer_port = 0
 
@@ -97,35 +79,13 @@ class HttpServer:
 
     async def start(self) -> None:
         """Raises OSError if an address is taken."""
-        await self._runner.setup()
-        self.port = await self._listen(self.address, self._tls)
+        self.port = await self._listeners.listen(self.address, self._tls)
         if self._peer_tls is not None:
-            self.peer_port = await self._listen(self._peer_address, self._peer_tls)
-
-    async def _listen(self, address: str, tls: TlsIdentity | None) -> int:
-        """Listen at an address and return the port, 0 for a unix socket."""
-        options: dict[str, Any] = {"backlog": _BACKLOG}
-        if tls is not None:
-            options |= {"ssl": tls.server_context(), "ssl_handshake_timeout": _HANDSHAKE_S}
-        loop, make = asyncio.get_running_loop(), self._connections.protocol
-        if address.startswith("unix:"):
-            self._listeners.append(await loop.create_unix_server(make, address.removeprefix("unix:"), **options))
-            return 0
-        host, _, port = address.rpartition(":")
-        listener = await loop.create_server(make, host.strip("[]") or None, int(port), **options)
-        self._listeners.append(listener)
-        return int(listener.sockets[0].getsockname()[1])
-
-    def _library_protocol(self) -> asyncio.Protocol:
-        server = self._runner.server
-        assert server is not None
-        return server()
+            self.peer_port = await self._listeners.listen(self._peer_address, self._peer_tls)
 
     async def stop(self) -> None:
         """Refuse new connections; running responses may end within the grace period."""
-        for listener in self._listeners:
-            listener.close()
-        await self._runner.cleanup()
+        await self._listeners.stop()
 
 
 @web.middleware

@@ -5,31 +5,29 @@ from __future__ import annotations  # grpc's handler types take parameters only 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Callable
 
 import grpc
 import grpc.aio
 from msgspec.structs import replace
 
-from common.not_here import NOT_HERE_HEADER
 from mesh.access.caller import current_caller
 from mesh.access.peer_keys import PeerKeys
 from mesh.api.adapter_choice import AdapterChooser
-from mesh.api.addressing import PREFIX_HEADER, REQUEST_ID_HEADER, REQUIRED_HEADER, Address, Addressing
-from mesh.api.call_metadata import CallMetadata
+from mesh.api.addressing import PREFIX_HEADER, REQUIRED_HEADER, Address, Addressing
+from mesh.api.grpc_calls import GrpcCalls
 from mesh.api.grpc_forwarder import (
     ForwardingContext,
     GrpcForwarder,
     GrpcOutcome,
     GrpcRequest,
 )
-from mesh.api.known_methods import single_message_methods, unary_methods
 from mesh.api.merged_part import MergedPart
 from mesh.api.replay_buffer import ReplayBuffer, ServerContext
-from mesh.api.request_log import log_grpc_call, request_id_of
+from mesh.api.request_log import log_grpc_call
 from mesh.api.request_memory import RequestMemory
 from mesh.client.connections import Connections
-from mesh.errors import MeshError, NotFound, NotSupported, Unavailable
+from mesh.errors import NotFound, NotSupported
 from mesh.observability.metrics import Metrics
 from mesh.registry.registry import Registry
 from mesh.routing.attempts import RoutingRequest
@@ -37,11 +35,13 @@ from mesh.routing.router import CopyRouter
 from mesh.types import RuntimeLimits
 
 _OK = grpc.StatusCode.OK
-_FIRST_MESSAGE_S = 0.25  # how long a refusal waits for the message of a pod that forwards the call
 
 
 class InferenceGateway:
-    """Handles every method that no other handler of the server takes. `limits`: the local runtime's limits, once they are known."""
+    """Handles every method that no other handler of the server takes. `limits`: the local runtime's limits, once they are known.
+
+    `calls` makes the handlers. `behind_worker`: as in GrpcCalls.
+    """
 
     def __init__(
         self,
@@ -56,6 +56,7 @@ class InferenceGateway:
         limits: Callable[[], RuntimeLimits | None],
         max_message_bytes: int,
         memory: RequestMemory,
+        behind_worker: bool = False,
     ) -> None:
         self._registry = registry
         self._router = router
@@ -63,65 +64,12 @@ class InferenceGateway:
         self._adapters = adapters
         self._metrics = metrics
         self._limits = limits
-        self._forwarder = GrpcForwarder(connections, metrics, peers, limits)
+        self._forwarder = GrpcForwarder(connections, metrics, peers.headers, limits)
         self._max_message_bytes = max_message_bytes
         self._memory = memory
-        self._single_message = single_message_methods()
-        self._unary = unary_methods()
-
-    def is_known(self, method: str) -> bool:
-        """Whether a method is one of those that `single_message_methods` lists."""
-        return method in self._single_message
-
-    def handler(self, method: str, metadata: CallMetadata) -> grpc.RpcMethodHandler[bytes, bytes]:
-        """Return the handler of one call of a method, `package.Service/Method`."""
-        is_unary = method in self._unary
-
-        async def serve_unary(message: bytes, context: ServerContext) -> bytes:
-            return await self._serve(self._request(method, metadata, is_unary=True), message, context)
-
-        async def serve_one(message: bytes, context: ServerContext) -> None:
-            await self._serve(self._request(method, metadata), message, context)
-
-        async def serve(_: AsyncIterator[bytes], context: ServerContext) -> None:
-            await self._serve(self._request(method, metadata), None, context)
-
-        if is_unary:
-            return grpc.unary_unary_rpc_method_handler(serve_unary)
-        if method in self._single_message:
-            return grpc.unary_stream_rpc_method_handler(serve_one)
-        return grpc.stream_stream_rpc_method_handler(serve)
-
-    def _request(self, method: str, metadata: CallMetadata, *, is_unary: bool = False) -> GrpcRequest:
-        request_id = request_id_of(metadata.first(REQUEST_ID_HEADER))
-        return GrpcRequest(method, metadata, time.monotonic(), request_id, is_unary)
-
-    async def _serve(self, request: GrpcRequest, message: bytes | None, context: ServerContext) -> bytes:
-        """Return the response of a unary method; the messages of any other one are written.
-
-        `message`: the only one of a method that takes one message; None if the caller may send any number.
-        """
-        inbound = ReplayBuffer(context, self._memory.hold(), 2 * self._max_message_bytes, only=message)
-        try:
-            inbound.admit()
-            outcome = await self._answer(request, inbound, context)
-            if outcome.code is not _OK:
-                request.code = outcome.code.name
-                await context.abort(outcome.code, outcome.details, outcome.trailers)
-            if outcome.trailers:
-                context.set_trailing_metadata(outcome.trailers)
-            return outcome.message
-        except MeshError as error:
-            request.code = error.code
-            if current_caller().is_peer:
-                await inbound.take_first(_FIRST_MESSAGE_S)
-            return await context.abort(grpc.StatusCode[error.code], error.message, _trailers(error))
-        except asyncio.CancelledError:
-            request.code = "CANCELLED"
-            raise
-        finally:
-            inbound.close()
-            self._record(request, inbound.received_bytes)
+        self.calls = GrpcCalls(
+            self._answer, self._record, memory, max_message_bytes=max_message_bytes, behind_worker=behind_worker
+        )
 
     async def _answer(self, request: GrpcRequest, inbound: ReplayBuffer, context: ServerContext) -> GrpcOutcome:
         self._check_allowed(request.method)
@@ -214,7 +162,7 @@ class InferenceGateway:
     def _record(self, request: GrpcRequest, request_bytes: int) -> None:
         seconds = time.monotonic() - request.started_s
         # Only known methods become labels, to bound their number.
-        is_known = request.code == "OK" or request.method in self._single_message
+        is_known = request.code == "OK" or self.calls.is_known(request.method)
         label = request.method.rpartition("/")[2] if is_known else "other"
         self._metrics.request(
             request.model_id,
@@ -238,25 +186,3 @@ class InferenceGateway:
             seconds=seconds,
             request_id=request.request_id,
         )
-
-
-def refuse(
-    error: MeshError, method: str, metadata: CallMetadata
-) -> Callable[[AsyncIterator[bytes], ServerContext], Awaitable[None]]:
-    """Return a handler that answers the call with this error, and logs it."""
-
-    async def serve(_: AsyncIterator[bytes], context: ServerContext) -> None:
-        request_id = request_id_of(metadata.first(REQUEST_ID_HEADER))
-        log_grpc_call(logging.INFO, code=error.code, method=method, request_id=request_id)
-        await context.abort(grpc.StatusCode[error.code], error.message, _trailers(error))
-
-    return serve
-
-
-def _trailers(error: MeshError) -> tuple[tuple[str, str], ...]:
-    trailers = []
-    if error.retry_after_s is not None:
-        trailers.append(("retry-after", str(max(1, round(error.retry_after_s)))))
-    if current_caller().is_peer and isinstance(error, NotFound | Unavailable):
-        trailers.append((NOT_HERE_HEADER, "1"))
-    return tuple(trailers)

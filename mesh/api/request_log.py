@@ -58,6 +58,11 @@ def log_requests(enabled: bool) -> None:
     requests_logger.setLevel(logging.NOTSET if enabled else logging.WARNING)
 
 
+def logs_requests() -> bool:
+    """Return whether the lines are on."""
+    return requests_logger.level < logging.WARNING
+
+
 def request_id_of(given: str) -> str:
     """Return the client's request id, or a new one if it has none that can be logged and forwarded."""
     return given if _REQUEST_ID.fullmatch(given) else os.urandom(_ID_BYTES).hex()
