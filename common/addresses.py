@@ -53,6 +53,23 @@ def check_free(address: Address, what: str = "") -> None:
             raise OSError(f"{prefix}{address} cannot be listened on: {error.strerror or error}") from None
 
 
+def reserve(address: Address) -> socket.socket:
+    """Bind a port, or a free one for port 0, without listening, so that only sockets with SO_REUSEPORT of this user can listen at it.
+
+    The port stays reserved until the socket is closed. Raises OSError if it is taken.
+    """
+    family, kind, _, _, bound = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
+    holder = socket.socket(family, kind)
+    try:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        holder.bind(bound)
+    except OSError as error:
+        holder.close()
+        raise OSError(f"{address} cannot be listened on: {error.strerror or error}") from None
+    return holder
+
+
 def _check_socket_free(address: Address, prefix: str) -> None:
     path = Path(address.path)
     path.parent.mkdir(parents=True, exist_ok=True)

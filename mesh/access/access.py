@@ -24,7 +24,7 @@ class Access:
         self.peers = PeerKeys(store, f"{root}/peerKey", own_id)
         self.keys = KeyTable(config.api_keys, config.api_keys_file)
         self.guard = Guard(self.keys, self.peers)
-        self.tls = _identity(config, "tls_cert", "tls_key", *(("tls_client_ca",) if config.tls_client_ca else ()))
+        self.tls = callers_identity(config)
         self.peer_tls = _identity(
             config, "peer_tls_cert", "peer_tls_key", "peer_tls_ca", "peer_grpc_listen", "peer_http_listen"
         )
@@ -50,6 +50,11 @@ class Access:
             for identity in (self.tls, self.peer_tls):
                 if identity is not None:
                     tasks.create_task(identity.run())
+
+
+def callers_identity(config: MeshConfig) -> TlsIdentity | None:
+    """Return the identity of the listeners for callers, None for plain text. Raises ConfigError, InvalidRequest."""
+    return _identity(config, "tls_cert", "tls_key", *(("tls_client_ca",) if config.tls_client_ca else ()))
 
 
 def _identity(config: MeshConfig, *names: str) -> TlsIdentity | None:

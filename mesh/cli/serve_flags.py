@@ -90,6 +90,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return int(text)
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -233,6 +239,13 @@ _FLAGS = (
         "BINARY",
         "let Envoy carry the calls of loaded models; without BINARY, the installed program; empty = the mesh carries all calls",
         const=INSTALLED,
+    ),
+    _Flag(
+        "workers",
+        "0",
+        _count,
+        "N",
+        "processes on both ports for the calls of loaded models; 0 = the mesh carries all calls",
     ),
     _Flag("tls-cert", "", str, "FILE", "file of the certificate chain of both ports; empty = plain text"),
     _Flag("tls-key", "", str, "FILE", "file of the key of --tls-cert"),

@@ -43,8 +43,14 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
             extra={BARE_FLAG: "auto"},
         ),
     ] = ""
+    workers: Annotated[
+        int,
+        _about(
+            "processes on both ports for the calls of this pod's loaded models; 0 = the mesh carries all calls", ge=0
+        ),
+    ] = 0
     envoy_dir: Annotated[
-        str, _about("directory of the sockets and files that mesh and Envoy share; only their user may enter it")
+        str, _about("directory that mesh and Envoy, or mesh and workers, share; only their user may enter it")
     ] = "/tmp/repertory/envoy"
     tls_cert: Annotated[str, _about("file of the certificate chain of both ports for callers; empty = plain text")] = ""
     tls_key: Annotated[str, _about("file of the key of tls_cert")] = ""

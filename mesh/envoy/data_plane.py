@@ -1,4 +1,4 @@
-"""Keeps Envoy's clusters equal to the loaded copies, and counts the uses that Envoy reports."""
+"""Keeps Envoy's clusters equal to the loaded copies, and counts the uses that Envoy reports. Workers take the place of Envoy in the same way."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""Defines the interfaces of the data plane to Envoy: its control stream and its statistics."""
+"""Defines the interfaces of the data plane to Envoy: its control stream and its statistics. Workers have the same ones."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

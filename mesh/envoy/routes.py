@@ -34,8 +34,7 @@ BODY_FILTERS = ("envoy.filters.http.json_to_metadata", "envoy.filters.http.heade
 _TYPE = "type.googleapis.com/envoy."
 _DISABLED = {"@type": f"{_TYPE}config.route.v3.FilterConfig", "config": {}, "disabled": True}
 
-# Methods that the mesh itself answers, or refuses.
-_MESH_METHODS = (
+MESH_METHODS = (
     "/mmesh.",
     "/com.ibm.watson.",
     "/repertory.",
@@ -43,15 +42,19 @@ _MESH_METHODS = (
     "/inference.GRPCInferenceService/Server",
     "/inference.GRPCInferenceService/ModelReady",
 )
-# Headers that only the mesh can act on.
+"""Methods that the mesh itself answers, or refuses."""
+
+# Headers of gRPC that only the mesh can act on.
 _GRPC_EXCEPTIONS = (
     *("mm-model-id-bin", "mm-vmodel-id", "mm-vmodel-id-bin", "mm-required", "tas-model-id"),
     *("repertory-hop", "repertory-peer-key", "grpc-encoding"),
 )
-_HTTP_EXCEPTIONS = (
+HTTP_EXCEPTIONS = (
     *("mm-model-id", "repertory-hop", "repertory-peer-key"),
     *("origin", "sec-fetch-site", "content-encoding", "expect"),
 )
+"""Headers of HTTP that only the mesh can act on."""
+
 _JSON = "^application/json(\\s*;.*)?$"
 _ADDRESS_HOSTS = (r"localhost", r"[a-z0-9.-]+\.localhost", r"\d+\.\d+\.\d+\.\d+", r"\[[0-9a-f:.]+\]")
 
@@ -114,7 +117,7 @@ def _text(carrier: Carrier, routes: list[Json], options: Json) -> str:
 
 def _grpc_routes(settings: RouteSettings) -> list[Json]:
     return [
-        *(_to_mesh(Carrier.GRPC, {"prefix": prefix}) for prefix in _MESH_METHODS),
+        *(_to_mesh(Carrier.GRPC, {"prefix": prefix}) for prefix in MESH_METHODS),
         *_from_peers(Carrier.GRPC, {"prefix": "/"}, settings),
         *_carried(Carrier.GRPC, {"prefix": "/", "headers": [*map(_absent, _GRPC_EXCEPTIONS)]}, settings),
         _to_mesh(Carrier.GRPC, {"prefix": "/"}),
@@ -126,7 +129,7 @@ def _http_routes(settings: RouteSettings) -> list[Json]:
         {"name": ":method", "string_match": {"exact": "POST"}},
         {"name": "content-type", "string_match": {"safe_regex": {"regex": _JSON}}},
         {"name": "content-length", "range_match": {"start": 1, "end": settings.max_body_bytes + 1}},
-        *map(_absent, _HTTP_EXCEPTIONS),
+        *map(_absent, HTTP_EXCEPTIONS),
     ]
     paths = {"safe_regex": {"regex": "|".join(map(re.escape, settings.paths))}}
     if host := _host_pattern(settings):

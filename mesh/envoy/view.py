@@ -1,4 +1,4 @@
-"""Lists the names whose calls Envoy may carry now, from the registry, this pod's copies and the other pods' reports."""
+"""Lists the names whose calls Envoy, or workers, may carry now, from the registry, this pod's copies and the other pods' reports."""
 
 import ipaddress
 from collections.abc import Callable, Iterator
@@ -33,6 +33,7 @@ class CarriedNames:
     """`secure_address`: returns the address for mutual TLS of a pod's address, empty if it has none.
 
     `is_cut_off`: whether only this pod has lost the store, so that its knowledge may be out of date. `carriers`: those that the settings allow.
+    `carries_limited`: calls of copies with a limit of concurrent calls are carried, by a data plane that counts them.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class CarriedNames:
         secure_address: Callable[[str], str],
         is_cut_off: Callable[[], bool],
         carriers: frozenset[Carrier],
+        carries_limited: bool = True,
     ) -> None:
         self._registry = registry
         self._states = states
@@ -53,6 +55,7 @@ class CarriedNames:
         self._secure_address = secure_address
         self._is_cut_off = is_cut_off
         self._carriers = carriers
+        self._carries_limited = carries_limited
         self._changed = ChangedModels(registry, copies)
         self._world: _World | None = None
         self._listed: dict[str, tuple[CarriedName, ...]] = {}  # by model
@@ -70,7 +73,9 @@ class CarriedNames:
             self._monitor.is_serving,
             tuple(carrier for carrier in Carrier if carrier in self._carriers and self._can_carry(carrier)),
             frozenset(pods),
-            max((copy.max_concurrency for copy in self._copies if copy.is_loaded), default=0),
+            max((copy.max_concurrency for copy in self._copies if copy.is_loaded), default=0)
+            if self._carries_limited
+            else 0,
         )
         models = self._changed.take(self._monitor.snapshot)
         if models is None or world != self._world:

@@ -51,12 +51,12 @@ class Metrics:
         )
         self._carried = LabelledCounter(
             "repertory_mesh_carried_requests",
-            "Requests that Envoy carried to a copy past the mesh, by model and protocol (grpc or http)",
+            "Requests that Envoy or a worker carried to a copy, by model and protocol (grpc or http)",
             ("model_name", "carrier"),
         )
         self._carried_seconds = LabelledGauge(
             "repertory_mesh_carried_request_seconds",
-            "Median duration in seconds of the requests that Envoy carried to a copy past the mesh, of about the last second with any",
+            "Median duration in seconds of the requests that Envoy or workers carried to a copy, of about the last second with any",
             ("model_name", "carrier"),
         )
         self._by_model = (
@@ -93,15 +93,15 @@ class Metrics:
         self._modelmesh.response_size.observe(response_bytes, method, code)
 
     def carried(self, model_id: str, carrier: str, count: int) -> None:
-        """Count requests that Envoy carried."""
+        """Count requests that Envoy or a worker carried."""
         self._carried.inc(name_in(model_id), carrier, by=count)
 
     def carried_by_key(self, key: str, carrier: str, code: str, count: int) -> None:
-        """Count finished requests that Envoy carried by the name of the caller's key."""
+        """Count finished requests that Envoy or a worker carried by the name of the caller's key."""
         self._key_requests.inc(key, carrier, code, by=count)
 
     def carried_latency(self, model_id: str, carrier: str, seconds: float) -> None:
-        """Set the recent median duration of the requests that Envoy carried."""
+        """Set the recent median duration of the requests that Envoy or workers carried."""
         self._carried_seconds.set(seconds, name_in(model_id), carrier)
 
     def invoked(self, method: str, code: str, seconds: float) -> None:

@@ -73,7 +73,7 @@ class LocalCopies:
         self._copies: dict[str, LocalCopy] = {}
         # Counted by model id and not in the copies, because a request may outlive the copy it started on.
         self._in_flight: Counter[str] = Counter()
-        self._carried: Counter[str] = Counter()  # in flight past the mesh, as Envoy last reported
+        self._carried: Counter[str] = Counter()  # in flight past this process, as Envoy or the workers last reported
         self._waiting: Counter[str] = Counter()
         self._requests = RequestRate(time.monotonic())
         self._changes = changes
@@ -164,7 +164,7 @@ class LocalCopies:
         return [copy for copy in self._copies.values() if copy.base_id == model_id]
 
     def in_flight(self, model_id: str) -> int:
-        """Return the number of requests that run on this pod's copy, those that Envoy carries included."""
+        """Return the number of requests that run on this pod's copy, those that Envoy or workers carry included."""
         return self._in_flight.get(model_id, 0) + self._carried.get(model_id, 0)
 
     def num_waiting(self, model_id: str) -> int:
@@ -181,14 +181,14 @@ class LocalCopies:
         self._decrease(self._in_flight, model_id)
 
     def set_carried(self, model_id: str, num_running: int) -> None:
-        """Set the number of requests that Envoy has in flight to this pod's copy."""
+        """Set the number of requests that Envoy or workers have in flight to this pod's copy."""
         if num_running:
             self._carried[model_id] = num_running
         elif self._carried.pop(model_id, 0):
             self._changes.notify()
 
     def count_carried(self, model_id: str, num_begun: int, *, is_local: bool) -> None:
-        """Count requests that Envoy has carried since the last time, to this pod's copy if `is_local`, else to another pod's."""
+        """Count requests that Envoy or workers have carried since the last time, to this pod's copy if `is_local`, else to another pod's."""
         self.uses.add(model_id, num_begun)
         if is_local:
             self._requests.add(time.monotonic(), num_begun)

@@ -8,14 +8,13 @@ from mesh.api.envoy_control import EnvoyControl
 from mesh.api.routes.openai_routes import MODEL_IN_BODY_PATHS
 from mesh.api.web_guard import policy_for
 from mesh.client.envoy_admin import EnvoyAdmin
-from mesh.config.schema import MeshConfig
 from mesh.envoy.bootstrap import envoy_files, write_bootstrap, write_tls
 from mesh.envoy.data_plane import DataPlane
 from mesh.envoy.files import write_whole
 from mesh.envoy.name_table import Names
 from mesh.envoy.plan import Carrier, Here
 from mesh.envoy.routes import RouteSettings, routes_text
-from mesh.envoy.view import CarriedNames
+from mesh.pod.carried_names import carried_names, runtime_addresses
 from mesh.pod.placement_parts import PlacementParts, PodBase
 
 logger = logging.getLogger(__name__)
@@ -33,14 +32,8 @@ class PodEnvoy:
         self._files = envoy_files(config)
         self._written: RouteSettings | None = None
         secure = base.registry.instances.secure_address
-        names = CarriedNames(
-            base.registry,
-            parts.states,
-            parts.monitor,
-            parts.copies,
-            secure_address=secure if self._has_peers_tls else lambda _: "",
-            is_cut_off=lambda: parts.contact.is_cut_off,
-            carriers=_carriers(config),
+        names = carried_names(
+            base, parts, secure_address=secure if self._has_peers_tls else lambda _: "", carries_limited=True
         )
         self._monitor = parts.monitor
         self._admin = EnvoyAdmin(self._files.admin)
@@ -88,13 +81,9 @@ class PodEnvoy:
         await self._admin.close()
 
     def _here(self) -> Here:
-        config = self._config
         hop, peer_key = (value for _, value in self._access.peers.headers())
         return Here(
-            runtime={
-                Carrier.GRPC: config.runtime_inference_grpc or config.runtime_grpc,
-                Carrier.HTTP: config.runtime_http,
-            },
+            runtime=runtime_addresses(self._config),
             mesh={carrier: self._files.mesh(carrier) for carrier in Carrier},
             hop=hop,
             peer_key="" if self._has_peers_tls else peer_key,
@@ -128,9 +117,3 @@ class PodEnvoy:
             if write_whole(self._files.routes(carrier), routes_text(carrier, settings)):
                 logger.debug("wrote Envoy's routes of %s", carrier)
         self._written = settings
-
-
-def _carriers(config: MeshConfig) -> frozenset[Carrier]:
-    """Return the carriers whose calls may pass unread: a dataplane configuration reads the model from messages."""
-    grpc = {Carrier.GRPC} if not config.dataplane_config else set()
-    return frozenset(grpc | ({Carrier.HTTP} if config.runtime_http else set()))

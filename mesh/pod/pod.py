@@ -8,6 +8,7 @@ from typing import Any
 from common.addresses import check_free, parse_address
 from mesh.access.access import Access
 from mesh.config.schema import MeshConfig
+from mesh.envoy.plan import Carrier
 from mesh.errors import InvalidRequest
 from mesh.placement.copies import LocalCopies
 from mesh.placement.copy_scaler import CopyScaler
@@ -18,6 +19,8 @@ from mesh.pod.envoy import PodEnvoy
 from mesh.pod.identity import Ports, check_addresses, default_instance_id, own_record
 from mesh.pod.placement_parts import build_placement, pod_base
 from mesh.pod.servers import PodState, build_servers
+from mesh.pod.worker_process import start_worker_process
+from mesh.pod.workers import PodWorkers, StartWorker, check_workers
 from mesh.registry.models_file import DeclaredModels, read_models_file
 from mesh.registry.registry import Registry
 from mesh.registry.static_models import parse_static_models, register_static_models
@@ -30,13 +33,18 @@ logger = logging.getLogger(__name__)
 
 
 class Pod:
-    """One pod. Call `start`, then `stop`, on one event loop. Raises MeshError for an invalid configuration."""
+    """One pod. Call `start`, then `stop`, on one event loop. Raises MeshError for an invalid configuration.
 
-    def __init__(self, config: MeshConfig) -> None:
+    `start_worker`: starts one of the workers that the configuration may ask for.
+    """
+
+    def __init__(self, config: MeshConfig, *, start_worker: StartWorker = start_worker_process) -> None:
         if not config.store:
             raise InvalidRequest("store is missing: set it to a directory or to etcd://HOST:PORT")
         check_addresses(config)
+        check_workers(config)
         self._config = config
+        self._start_worker = start_worker
         self.instance_id = config.instance_id or default_instance_id(config.grpc_listen)
         if "," in self.instance_id:
             raise InvalidRequest(f"instance_id {self.instance_id!r} may not contain a comma")
@@ -73,6 +81,8 @@ class Pod:
         base = pod_base(config, self.instance_id, self.store, self.registry, self.access)
         parts = build_placement(base, self._publish_record, self._withdraw)
         self._envoy = PodEnvoy(base, parts) if config.envoy else None
+        self._workers = PodWorkers(base, parts, self._start_worker) if config.workers else None
+        self._front = self._envoy or self._workers
         self._connections, self._changes = base.connections, base.changes
         self._copies, self._loads = parts.copies, parts.loads
         self.contact, self.peer_health, self.monitor = parts.contact, parts.peer_health, parts.monitor
@@ -93,9 +103,9 @@ class Pod:
         self.side_ports = servers.side_ports
 
     @property
-    def is_envoy_connected(self) -> bool:
-        """Whether an Envoy takes its clusters from this pod."""
-        return self._envoy is not None and self._envoy.is_connected
+    def is_front_connected(self) -> bool:
+        """Whether an Envoy takes its clusters from this pod, or all workers their names."""
+        return self._front is not None and self._front.is_connected
 
     @property
     def copies(self) -> LocalCopies:
@@ -125,11 +135,13 @@ class Pod:
         await self._dynamic_config.check_enabled()
         await self.registry.start()
         await self.access.start()
-        if self._envoy is not None:
-            await self._envoy.start()
+        if self._front is not None:
+            await self._front.start()
         for kind, server in (("gRPC", self.grpc), ("HTTP", self.http)):
             await asyncio.to_thread(check_free, parse_address(server.address), kind)
             await _listening(kind, server.address, server.start())
+        if self._workers is not None:
+            await self._workers.open()
         own = own_record(self._config, self.ports)
         self._warn_of_duplicate_id(own.grpc_address)
         self._heartbeat = Heartbeat(
@@ -158,7 +170,7 @@ class Pod:
                 self._silence.run(),
                 self.scaler.run(),
                 self._dynamic_config.run(),
-                *(() if self._envoy is None else (self._envoy.run(),)),
+                *(() if self._front is None else (self._front.run(),)),
             )
         ]
         logger.info("pod is up", extra={"instance": self.instance_id, "grpc": self.ports.grpc, "http": self.ports.http})
@@ -168,7 +180,7 @@ class Pod:
         if self._stopping.is_set():
             return
         self._stopping.set()
-        drained = asyncio.create_task(self._drain_envoy())
+        drained = asyncio.create_task(self._drain_front())
         logger.info("pod stops", extra={"instance": self.instance_id})
         await _cancel(self._tasks)
         self._router.stop()
@@ -183,8 +195,8 @@ class Pod:
         if self._heartbeat is not None:
             await self._transitions.close()
         await self.reconciler.close()
-        if self._envoy is not None:
-            await self._envoy.stop()
+        if self._front is not None:
+            await self._front.stop()
         await self.registry.close()
         await self._connections.close()
         await self.store.close()
@@ -207,21 +219,23 @@ class Pod:
 
     @property
     def ports(self) -> Ports:
-        """Return the ports at which callers and peers reach this pod: Envoy's own, if there is one."""
+        """Return the ports at which callers and peers reach this pod: those of Envoy or of the workers, if there are any."""
         grpc, http = self.grpc.port, self.http.port
         if self._envoy is not None:
             grpc, http = (
                 parse_address(address).port for address in (self._config.grpc_listen, self._config.http_listen)
             )
+        if self._workers is not None:
+            grpc, http = (self._workers.ports[carrier] for carrier in Carrier)
         return Ports(grpc, http, self.grpc.peer_port, self.http.peer_port)
 
-    async def _drain_envoy(self) -> None:
-        if self._envoy is not None:
-            await self._envoy.drain(self._config.grace_s)
+    async def _drain_front(self) -> None:
+        if self._front is not None:
+            await self._front.drain(self._config.grace_s)
 
     async def _withdraw(self, model_id: str) -> None:
-        if self._envoy is not None:
-            await self._envoy.withdraw(model_id)
+        if self._front is not None:
+            await self._front.withdraw(model_id)
 
     async def _publish_record(self) -> None:
         # While the store does not answer, the heartbeat publishes the record when it is back.

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from common.version import package_version
 from mesh.api.adapter_choice import AdapterChooser
 from mesh.api.addressing import Addressing
-from mesh.api.connection_limits import ConnectionLimits
-from mesh.api.grpc_server import GrpcLimits, GrpcServer
+from mesh.api.grpc_server import GrpcServer
 from mesh.api.http_gateway import HttpGateway
 from mesh.api.http_server import HttpServer
 from mesh.api.inference import InferenceGateway
@@ -35,6 +34,7 @@ from mesh.client.peer_probes import Readiness
 from mesh.envoy.bootstrap import envoy_files
 from mesh.envoy.plan import Carrier
 from mesh.pod.figures import figures_of
+from mesh.pod.limits import connection_limits, grpc_limits, request_memory_bytes
 from mesh.pod.placement_parts import PlacementParts, PodBase
 from mesh.pod.side_ports import side_ports
 from mesh.registry.registration import check_key
@@ -68,7 +68,7 @@ class Servers:
 def build_servers(base: PodBase, parts: PlacementParts, pod: PodState) -> Servers:
     """Build the servers, not started."""
     config = base.config
-    router, memory = _router(base, parts), RequestMemory(config.request_memory_bytes)
+    router, memory = _router(base, parts), RequestMemory(request_memory_bytes(config))
     registrar = Registrar(base.registry, parts.placement, parts.states, parts.monitor, parts.runtime)
     adapters = AdapterChooser(base.registry, registrar, lambda: parts.monitor.snapshot.foreign)
     health = HealthRoutes(
@@ -132,9 +132,9 @@ def _grpc_server(
         if runtime.ready and not runtime.foreign:
             check_key(info)
 
-    files = envoy_files(config) if config.envoy else None
+    is_direct = not config.envoy and not config.workers
     return GrpcServer(
-        files.mesh(Carrier.GRPC) if files else config.grpc_listen,
+        config.grpc_listen if is_direct else envoy_files(config).mesh(Carrier.GRPC),
         ManagementService(
             base.registry,
             parts.placement,
@@ -154,21 +154,15 @@ def _grpc_server(
             limits=lambda: parts.monitor.limits,
             memory=memory,
             max_message_bytes=config.grpc_max_message_bytes,
+            behind_worker=bool(config.workers),
         ),
         own_oip=OipServer(base.registry, parts.states, addressing, is_ready=pod.is_ready, version=package_version()),
         guard=access.guard,
-        tls=None if files else access.tls,
-        behind_envoy=files is not None,
+        tls=access.tls if is_direct else None,
+        behind_envoy=bool(config.envoy),
         peer_address=config.peer_grpc_listen,
         peer_tls=access.peer_tls,
-        limits=GrpcLimits(
-            max_message_bytes=config.grpc_max_message_bytes,
-            max_streams=config.grpc_max_streams,
-            idle_s=config.grpc_idle_timeout_s,
-            max_header_bytes=config.grpc_max_header_bytes,
-            max_age_s=config.grpc_max_connection_age_s,
-            max_age_grace_s=config.grpc_max_connection_age_grace_s,
-        ),
+        limits=grpc_limits(config),
     )
 
 
@@ -196,9 +190,9 @@ def _http_server(
         keep_alive_s=config.keep_alive_s,
         memory=memory,
     )
-    files = envoy_files(config) if config.envoy else None
+    is_direct = not config.envoy and not config.workers
     return HttpServer(
-        files.mesh(Carrier.HTTP) if files else config.http_listen,
+        config.http_listen if is_direct else envoy_files(config).mesh(Carrier.HTTP),
         (
             health,
             ModelsRoutes(registry, parts.placement, registrar, views, base.changes, pod.stopping),
@@ -216,17 +210,11 @@ def _http_server(
         ),
         base.metrics,
         guard=access.guard,
-        tls=None if files else access.tls,
-        behind_envoy=files is not None,
+        tls=access.tls if is_direct else None,
+        behind_envoy=bool(config.envoy),
         peer_address=config.peer_http_listen,
         peer_tls=access.peer_tls,
-        limits=ConnectionLimits(
-            config.max_connections,
-            config.http_header_timeout_s,
-            config.http_body_timeout_s,
-            config.http_idle_timeout_s,
-            config.http_write_timeout_s,
-        ),
+        limits=connection_limits(config),
         web_policy=policy_for(config.http_listen, (*config.allowed_hosts, config.advertise_host), config.cors_origins),
         grace_s=config.grace_s,
     )

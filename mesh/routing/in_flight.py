@@ -1,6 +1,7 @@
 """Keeps the attempts in flight by target, so that the loss of a target ends them, and when each target answered last."""
 
 import time
+from collections.abc import Callable
 
 import msgspec
 
@@ -25,6 +26,11 @@ class InFlight:
     def __init__(self) -> None:
         self._by_target: dict[str, dict[Attempt, None]] = {}
         self._answers: dict[str, Answers] = {}
+        self._listeners: list[Callable[[str, bool], None]] = []
+
+    def listen(self, listener: Callable[[str, bool], None]) -> None:
+        """Call `listener` with the target and `committed` of each call of `lose`."""
+        self._listeners.append(listener)
 
     def add(self, attempt: Attempt) -> None:
         self._by_target.setdefault(attempt.target.instance_id, {})[attempt] = None
@@ -64,4 +70,6 @@ class InFlight:
         lost = [attempt for attempt in self._by_target.get(instance_id, {}) if committed or not attempt.is_committed]
         for attempt in lost:
             attempt.lose()
+        for listener in self._listeners:
+            listener(instance_id, committed)
         return len(lost)

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import socket
 import subprocess
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -15,15 +14,10 @@ from mesh.envoy.files import EnvoyFiles
 from mesh.envoy.plan import Carrier
 from tests.support.fake_runtime import Switches
 from tests.support.pods import RunningPod, running_pod
+from tests.support.short_directory import short_directory
 from tests.support.stack import free_port
 from tests.support.waiting import until
-
-
-@contextlib.contextmanager
-def short_directory() -> Iterator[Path]:
-    """Yield a new directory whose path leaves room for the names of sockets."""
-    with tempfile.TemporaryDirectory(prefix="envoy-") as name:
-        yield Path(name)
+from tests.support.workers import running_worker_pod
 
 
 @contextlib.contextmanager
@@ -56,7 +50,7 @@ async def running_envoy_pod(
         async with running_pod(directory, switches=switches, **chosen) as pod:
             pod.envoy_dir = shared
             with envoy_process(EnvoyFiles(shared).bootstrap) as pod.envoy:
-                await until(lambda: pod.pod.is_envoy_connected and all(map(is_listening, addresses.values())))
+                await until(lambda: pod.pod.is_front_connected and all(map(is_listening, addresses.values())))
                 yield pod
 
 
@@ -91,8 +85,9 @@ async def _passes(pod: RunningPod, model: str, key: str, call: Callable[[], Awai
 
 
 async def until_listed(pod: RunningPod, *models: str) -> None:
-    """Wait until the routes' tables have the models, so that no script chooses their clusters."""
-    assert pod.envoy_dir is not None
+    """Wait until the routes' tables of an Envoy, if there is one, have the models, so that no script chooses their clusters."""
+    if pod.envoy_dir is None:
+        return
     files = [EnvoyFiles(pod.envoy_dir).routes(carrier) for carrier in Carrier]
     texts = [f'"{carrier}/{model}"' for carrier in Carrier for model in models]
     await until(lambda: all(any(text in file.read_text() for file in files) for text in texts))
@@ -102,10 +97,12 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-ENVOY = "envoy"
-MODES = ("embedded", ENVOY)
+EMBEDDED, ENVOY, WORKERS = "embedded", "envoy", "workers"
+MODES = (EMBEDDED, ENVOY, WORKERS)
 
 
 def running_in(mode: str, directory: Path, **settings: Any) -> AbstractAsyncContextManager[RunningPod]:
-    """Run a pod whose callers reach the mesh directly, or through Envoy."""
-    return running_envoy_pod(directory, **settings) if mode == ENVOY else running_pod(directory, **settings)
+    """Run a pod whose callers reach the mesh directly, through Envoy, or through workers."""
+    if mode == EMBEDDED:
+        return running_pod(directory, **settings)
+    return running_worker_pod(directory, **settings) if mode == WORKERS else running_envoy_pod(directory, **settings)

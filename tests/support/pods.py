@@ -15,6 +15,8 @@ import msgspec
 
 from mesh.config.schema import MeshConfig
 from mesh.pod.pod import Pod
+from mesh.pod.worker_process import start_worker_process
+from mesh.pod.workers import StartWorker
 from tests.support.fake_runtime import FakeRuntime, Switches
 from tests.support.waiting import until
 from wire.mmesh import model_mesh_pb2 as mm
@@ -81,6 +83,7 @@ async def running_pod(
     foreign: bool = False,
     wait: bool = True,
     trusted: Path | None = None,
+    start_worker: StartWorker = start_worker_process,
     **settings: Any,
 ) -> AsyncIterator[RunningPod]:
     directory.mkdir(parents=True, exist_ok=True)
@@ -97,7 +100,8 @@ async def running_pod(
             **settings,
         }
     )
-    pod = Pod(msgspec.structs.replace(config, instance_id=settings.get("instance_id") or directory.name))
+    config = msgspec.structs.replace(config, instance_id=settings.get("instance_id") or directory.name)
+    pod = Pod(config, start_worker=start_worker)
     await pod.start()
     ports = pod.ports
     options = (("grpc.max_receive_message_length", 64 * 1024 * 1024), ("grpc.use_local_subchannel_pool", 1))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.envoy import ENVOY, MODES, running_in, until_carried
+from tests.support.envoy import EMBEDDED, MODES, running_in, until_carried
 from tests.support.fake_runtime import MB, Switches
 from tests.support.pods import RunningPod, running_pod
 from tests.support.waiting import until, until_async
@@ -24,10 +24,10 @@ async def pod(tmp_path: Path) -> AsyncIterator[RunningPod]:
 
 @pytest.fixture(params=MODES)
 async def either(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[RunningPod]:
-    """A pod with a loaded model, which its callers reach through the mesh or through Envoy."""
+    """A pod with a loaded model, which its callers reach directly, through Envoy or through workers."""
     async with running_in(request.param, tmp_path / "pod", keep_alive_s=0.1, failure_expiry_s=60.0) as running:
         await running.name("org/smol", "/files")
-        if request.param == ENVOY:
+        if request.param != EMBEDDED:
             await until_carried(running, "org/smol")
         yield running
 

@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.support.envoy import ENVOY, MODES, running_in, until_carried
+from tests.support.envoy import EMBEDDED, MODES, running_in, until_carried
 from tests.support.fake_runtime import MB, Switches
 from tests.support.pods import RunningPod, running_pod
 from tests.support.waiting import until
@@ -30,11 +30,11 @@ async def pod(tmp_path: Path) -> AsyncIterator[RunningPod]:
 
 @pytest.fixture(params=MODES)
 async def either(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[RunningPod]:
-    """A pod with a loaded model, which its callers reach through the mesh or through Envoy."""
+    """A pod with a loaded model, which its callers reach directly, through Envoy or through workers."""
     async with running_in(request.param, tmp_path / "pod", failure_expiry_s=0.2) as running:
         await running.register("m")
         await running.load("m")
-        if request.param == ENVOY:
+        if request.param != EMBEDDED:
             await until_carried(running, "m")
         yield running
 

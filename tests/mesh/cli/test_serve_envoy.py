@@ -19,7 +19,7 @@ import pytest
 from mesh.cli.main import main
 from mesh.cli.serve_envoy import num_workers
 from mesh.client.admin import AdminClient
-from tests.support.envoy import short_directory
+from tests.support.short_directory import short_directory
 from tests.support.stack import Mesh, free_port, load_and_wait, program, wait_ready
 from tests.support.waiting import until, until_async
 

@@ -1,4 +1,4 @@
-"""A pod behind a real Envoy over a fake runtime: which calls Envoy carries, and what happens as models come and go."""
+"""A pod behind a real Envoy, or with workers, over a fake runtime: which calls they carry, and what happens as models come and go."""
 
 import asyncio
 from collections import Counter
@@ -9,7 +9,15 @@ import grpc
 import grpc.aio
 import pytest
 
-from tests.support.envoy import num_through_mesh, running_envoy_pod, until_carried, until_listed
+from tests.support.envoy import (
+    ENVOY,
+    WORKERS,
+    num_through_mesh,
+    running_envoy_pod,
+    running_in,
+    until_carried,
+    until_listed,
+)
 from tests.support.fake_runtime import MB, Switches
 from tests.support.pods import RunningPod
 from tests.support.waiting import until
@@ -17,15 +25,17 @@ from tests.support.waiting import until
 FOR_M = (("mm-model-id", "m"),)
 
 
-@pytest.fixture
-async def pod(tmp_path: Path) -> AsyncIterator[RunningPod]:
-    async with running_envoy_pod(tmp_path / "pod", switches=Switches(capacity_bytes=20 * MB), grace_s=30.0) as running:
+@pytest.fixture(params=(ENVOY, WORKERS))
+async def pod(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[RunningPod]:
+    switches = Switches(capacity_bytes=20 * MB)
+    async with running_in(request.param, tmp_path / "pod", switches=switches, grace_s=30.0) as running:
         await running.register("m")
         await running.load("m")
         await until_carried(running, "m")
         yield running
 
 
+@pytest.mark.parametrize("pod", [ENVOY], indirect=True)
 async def test_envoy_carries_calls_of_a_loaded_model(pod: RunningPod) -> None:
     before = await num_through_mesh(pod, "m")
     metadata = (*FOR_M, ("authorization", "Bearer secret"), ("x-repertory-caller", "admin"))
@@ -47,6 +57,7 @@ async def test_envoy_carries_calls_of_a_loaded_model(pod: RunningPod) -> None:
     assert await num_through_mesh(pod, "m") == before
 
 
+@pytest.mark.parametrize("pod", [ENVOY], indirect=True)
 @pytest.mark.parametrize("is_listed", [False, True])
 async def test_envoy_leaves_unusual_calls_to_the_mesh(pod: RunningPod, *, is_listed: bool) -> None:
     if is_listed:
@@ -69,7 +80,7 @@ async def test_envoy_leaves_unusual_calls_to_the_mesh(pod: RunningPod, *, is_lis
 
 
 @pytest.mark.parametrize("is_listed", [False, True])
-async def test_envoy_leaves_pages_of_other_sites_to_the_mesh(pod: RunningPod, *, is_listed: bool) -> None:
+async def test_pages_of_other_sites_are_refused(pod: RunningPod, *, is_listed: bool) -> None:
     if is_listed:
         await until_listed(pod, "m")
     for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
@@ -77,7 +88,7 @@ async def test_envoy_leaves_pages_of_other_sites_to_the_mesh(pod: RunningPod, *,
             assert answer.status == 403, headers
 
 
-async def test_envoy_passes_a_model_that_the_runtime_lost_to_the_mesh(pod: RunningPod) -> None:
+async def test_call_for_a_model_that_the_runtime_lost_goes_to_the_mesh(pod: RunningPod) -> None:
     del pod.runtime.loaded["m"]
     assert await pod.echo("m", b"x" * 100_000) == b"x" * 100_000
     assert pod.runtime.log.count(("load", "m")) == 2
@@ -85,7 +96,7 @@ async def test_envoy_passes_a_model_that_the_runtime_lost_to_the_mesh(pod: Runni
     assert (await pod.chat("m"))[0] == 200
 
 
-async def test_envoy_passes_a_runtime_that_answers_nothing_now_to_the_mesh(pod: RunningPod) -> None:
+async def test_call_that_the_runtime_refuses_now_goes_to_the_mesh(pod: RunningPod) -> None:
     pod.runtime.switches.unavailable = 1
     assert await pod.echo("m") == b"hi"
     pod.runtime.switches.unavailable = 1
@@ -111,7 +122,7 @@ async def test_names_of_the_table_follow_their_models(pod: RunningPod) -> None:
     assert pod.runtime.log[-2:] == [("unload", "m"), ("load", "m")]
 
 
-async def test_calls_that_envoy_carries_count_as_use(pod: RunningPod) -> None:
+async def test_carried_calls_count_as_use(pod: RunningPod) -> None:
     copy = pod.pod.copies.get("m")
     assert copy is not None
     used_ms, use = copy.last_used_ms, pod.pod.copies.uses.of("m")
@@ -127,12 +138,12 @@ async def test_calls_that_envoy_carries_count_as_use(pod: RunningPod) -> None:
     await until(lambda: pod.pod.copies.in_flight("m") == 0)
 
 
-async def test_unload_waits_for_calls_that_envoy_carries(pod: RunningPod) -> None:
+async def test_unload_waits_for_carried_calls(pod: RunningPod) -> None:
     call = pod.method("Echo")(metadata=FOR_M)
     await call.write(b"1")
     assert await call.read() == b"1"
     unloading = asyncio.ensure_future(pod.pod.placement.unload("m"))
-    # Calls that leave before Envoy has been told are carried as before; then they wait for the next load.
+    # Calls that leave before the names are withdrawn are carried as before; then they wait for the next load.
     later = asyncio.ensure_future(pod.echo("m"))
     async with asyncio.timeout(20):
         while not pod.pod.copies.num_waiting("m"):
@@ -149,8 +160,8 @@ async def test_unload_waits_for_calls_that_envoy_carries(pod: RunningPod) -> Non
     assert pod.runtime.log[-2:] == [("unload", "m"), ("load", "m")]
 
 
-async def test_envoy_fails_no_call_while_models_come_and_go(pod: RunningPod) -> None:
-    """Room for two of three models, all of which are called: each call may evict a model that Envoy carries calls for."""
+async def test_no_call_fails_while_models_come_and_go(pod: RunningPod) -> None:
+    """Room for two of three models, all of which are called: each call may evict a model whose calls are carried."""
     for name in ("n", "o"):
         await pod.register(name)
     outcomes: Counter[str] = Counter()
@@ -220,7 +231,7 @@ async def _chat_passes(pod: RunningPod) -> bool:
     return await num_through_mesh(pod, "m") == before
 
 
-async def test_envoy_carries_a_moved_name_to_its_new_model(pod: RunningPod) -> None:
+async def test_moved_name_is_carried_to_its_new_model(pod: RunningPod) -> None:
     first = (await pod.name("smol", "/one"))["model_id"]
     await until_carried(pod, "smol")
     await pod.name("smol", "/two")
