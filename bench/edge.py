@@ -12,10 +12,11 @@ import contextlib
 import statistics
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -35,6 +36,9 @@ CHURN_CLIENTS = 32
 CHURN_PAUSE_S = 0.2
 BASE = "bare grpc.aio proxy"
 MESH = "mesh"
+WORKERS = "mesh, 2 workers"
+ENVOY = "mesh with Envoy"
+FRONTS: Mapping[str, Mapping[str, Any]] = {ENVOY: {"envoy": "auto"}, WORKERS: {"workers": 2}}
 
 # Of Envoy without a control plane, at 1, 32 and 128 clients, as measured on another day by a compiled client.
 MODELMESH = "KServe ModelMesh's share of bare Envoy's calls/s: 0.78, 0.74 and 0.93 at 1, 32 and 128 clients"
@@ -91,6 +95,13 @@ def serve() -> Iterator[list[Way]]:
         mesh = parts.enter_context(stack.mesh(home, *sockets, runtime_inference_grpc=server))
         stack.load_and_wait(mesh, MODEL, "file:///nothing")
         paths.append(Way(MESH, mesh.grpc, (mesh.pid,)))
+        parted = Path(parts.enter_context(tempfile.TemporaryDirectory(prefix="repertory-edge-")))
+        shared = f"{parted}/shared"
+        mesh = parts.enter_context(
+            stack.mesh(parted, *sockets, None, runtime_inference_grpc=server, workers=2, envoy_dir=shared)
+        )
+        stack.load_and_wait(mesh, MODEL, "file:///nothing")
+        paths.append(Way(WORKERS, mesh.grpc, (mesh.pid, *(child.pid for child in psutil.Process(mesh.pid).children()))))
         for path in paths:
             h2_load.wait_until_answering(unary(), path.address)
         yield paths
@@ -173,14 +184,21 @@ def _cpu_us(sample: Sample) -> float:
     return sample.cpu_us
 
 
-def churn(num_calls: int, *, with_envoy: bool) -> None:
-    """Count the calls that fail while each model in turn is unloaded, over a runtime that refuses calls for models that it does not have."""
+def churn(num_calls: int, path: str) -> None:
+    """Count the calls on a path that fail while each model in turn is unloaded, over a runtime that refuses calls for models that it does not have."""
     with contextlib.ExitStack() as parts:
         home = Path(parts.enter_context(tempfile.TemporaryDirectory(prefix="repertory-edge-")))
         parts.enter_context(stack.program("bench.idle_runtime", str(home)))
-        settings = {"envoy": "auto", "envoy_dir": f"{home}/envoy"} if with_envoy else {}
+        settings = FRONTS.get(path, {})
         mesh = parts.enter_context(
-            stack.mesh(home, f"unix:{home}/runtime.sock", f"unix:{home}/http.sock", None, **settings)
+            stack.mesh(
+                home,
+                f"unix:{home}/runtime.sock",
+                f"unix:{home}/http.sock",
+                None,
+                envoy_dir=f"{home}/shared",
+                **settings,
+            )
         )
         names = [f"{MODEL}-{number}" for number in range(CHURN_MODELS)]
         for name in names:
@@ -208,7 +226,7 @@ def churn(num_calls: int, *, with_envoy: bool) -> None:
             unloading.result()
     failed, calls = sum(run.failed for run in runs), sum(run.calls for run in runs)
     print(
-        f"\n{'mesh with Envoy' if with_envoy else MESH}: {calls:,} calls by {CHURN_CLIENTS} clients for {CHURN_MODELS} models during {num_unloads} unloads, after each of which "
+        f"\n{path}: {calls:,} calls by {CHURN_CLIENTS} clients for {CHURN_MODELS} models during {num_unloads} unloads, after each of which "
         f"the next call loads the model again: {failed} failed; the slowest model's p99 is {max(run.p99_s for run in runs) * 1e3:.1f} ms"
     )
 
@@ -233,9 +251,8 @@ def main() -> None:
         for count in filter(None, args.streams.split(",")):
             compare(paths, stream(), int(count), args.seconds, args.turns, per_call=EVENTS, goal=STREAM)
     if args.churn_calls:
-        churn(args.churn_calls, with_envoy=False)
-        if args.envoy:
-            churn(args.churn_calls, with_envoy=True)
+        for path in (MESH, WORKERS, *((ENVOY,) if args.envoy else ())):
+            churn(args.churn_calls, path)
     print(f"\n{MODELMESH}")
 
 
