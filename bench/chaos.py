@@ -31,7 +31,8 @@ from tests.support.pod_network import may_make_namespaces, pod_network
 _MODELS = tuple(f"model{number}" for number in range(100))
 _FAILING = "failing"
 _FAILING_SHARE = 0.1  # of the calls while it is called
-_REFUSALS = ("INTERNAL", "HTTP 424", "STREAM model_not_found")  # the last one after the first comment of a stream
+# The streams' are error events after a first comment: of the call that waited for the load, and of later ones.
+_REFUSALS = ("INTERNAL", "HTTP 424", "STREAM internal", "STREAM model_not_found")
 _FAULT_AT_S = 10.0
 _COLUMNS = "calls | failed | no answer | wrong | twice | hung | over 3 s | p50 | p95 | longest | failures"
 
