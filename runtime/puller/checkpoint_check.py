@@ -15,7 +15,7 @@ from common.model_key import Quantization
 from runtime.errors import LoadFailed
 from runtime.puller.safetensors_header import read_header
 from runtime.puller.sizing import TensorShape
-from runtime.puller.source import ADAPTER_CONFIG
+from runtime.puller.source import ADAPTER_CONFIG, module_files
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _TEXTS = (".json", ".txt", ".jinja", ".model")
@@ -246,9 +246,9 @@ def _needs_tokenizer(path: Path) -> bool:
 
 
 def _texts(path: Path) -> list[Path]:
-    """Return the configuration, tokenizer and template files: a packed directory holds copies of them."""
-    files = [*path.iterdir(), *path.glob("additional_chat_templates/*"), *path.glob("1_Pooling/*")]
-    return sorted(file for file in files if file.suffix in _TEXTS and file.is_file())
+    """Return the configuration, tokenizer and template files, and sentence-transformers' modules: a packed directory holds copies of them."""
+    files = [*path.iterdir(), *path.glob("additional_chat_templates/*")]
+    return sorted([*(file for file in files if file.suffix in _TEXTS and file.is_file()), *module_files(path)])
 
 
 def _identity(files: Sequence[Path]) -> str:

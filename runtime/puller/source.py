@@ -77,6 +77,10 @@ class Source(Protocol):
         """Return `count` bytes from `start`, to read headers without fetching the file."""
 
 
+# The files of sentence-transformers' modules, such as 1_Pooling/config.json.
+_MODULE = re.compile(r"[1-9]_(Pooling|Dense)/[^/]+\.(json|safetensors)")
+
+
 def wanted(files: Sequence[RemoteFile], origin: str, *, allow_pickle: bool) -> list[RemoteFile]:
     """Return the files that a checkpoint needs: one kind of weights, configuration and tokenizer; or those of a LoRA adapter.
 
@@ -86,8 +90,11 @@ def wanted(files: Sequence[RemoteFile], origin: str, *, allow_pickle: bool) -> l
         file
         for file in files
         if len(PurePosixPath(file.name).parts) == 1
-        or file.name.startswith(("additional_chat_templates/", "1_Pooling/"))
+        or file.name.startswith("additional_chat_templates/")
+        or _MODULE.fullmatch(file.name)
     ]
+    dense = [file for file in top if _MODULE.fullmatch(file.name) and file.name.endswith(".safetensors")]
+    top = [file for file in top if file not in dense]
     top_names = {file.name for file in top}
     if ADAPTER_CONFIG in top_names and "config.json" not in top_names:
         return [file for file in top if file.name in ADAPTER_FILES]
@@ -114,7 +121,15 @@ def wanted(files: Sequence[RemoteFile], origin: str, *, allow_pickle: bool) -> l
             )
     if not weights:
         raise LoadFailed(f"{origin} has no weights: no *.safetensors and no .gguf among {len(files)} files")
-    return weights + [file for file in top if file.name.endswith(_TEXT) and file.size_bytes <= _LARGEST_TEXT_BYTES]
+    return (
+        weights + dense + [file for file in top if file.name.endswith(_TEXT) and file.size_bytes <= _LARGEST_TEXT_BYTES]
+    )
+
+
+def module_files(model_dir: Path) -> list[Path]:
+    """Return the files of sentence-transformers' modules beside a checkpoint."""
+    found = model_dir.glob("[1-9]_*/*")
+    return sorted(file for file in found if _MODULE.fullmatch(f"{file.parent.name}/{file.name}") and file.is_file())
 
 
 def refuse_split(name: str, origin: str) -> None:

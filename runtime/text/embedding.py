@@ -7,6 +7,7 @@ from typing import TypeVar
 import msgspec
 
 from runtime.errors import LoadFailed
+from runtime.text.embedding_layers import DenseConfig, Layer, normalize, read_dense
 from runtime.types import Pooling
 
 _T = TypeVar("_T")
@@ -62,12 +63,13 @@ class Embedding(msgspec.Struct, frozen=True):
 
     Attributes:
         pooling: the modes whose vectors are joined, in the order of `Pooling`.
+        layers: what is applied to a pooled vector, in this order.
         default_prompt: the name of the prompt for requests that name none; None = no prompt.
         unsupported: why this server cannot follow the files; empty = it can.
     """
 
     pooling: tuple[Pooling, ...] = (Pooling.LAST,)
-    normalizes: bool = True
+    layers: tuple[Layer, ...] = (normalize,)
     prompts: Mapping[str, str] = {}
     default_prompt: str | None = None
     unsupported: str = ""
@@ -84,9 +86,8 @@ def read_embedding(model_dir: Path) -> Embedding | None:
     found = _read(_inside(model_dir, pooling_dir) / "config.json", _Pooling)
     if found is None:
         return None
-    others = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
-    if others:
-        return Embedding(unsupported=f"it has a module of the kind {others[0]}")
+    if kinds and kinds[:2] != ["Transformer", "Pooling"]:
+        return Embedding(unsupported=f"its modules are {', '.join(kinds)}; they must begin with Transformer, Pooling")
     unknown = [name for name in found.modes if name not in list(Pooling)]
     if unknown or not found.modes:
         return Embedding(unsupported=f"its pooling is {unknown[0] if unknown else 'no mode'}, which is not supported")
@@ -98,9 +99,22 @@ def read_embedding(model_dir: Path) -> Embedding | None:
         raise LoadFailed(
             f"config_sentence_transformers.json has no prompt {asked.default_prompt_name!r}, which is its default_prompt_name"
         )
-    normalizes = modules is None or "Normalize" in kinds
+    layers: list[Layer] = [normalize] if modules is None else []
+    for module in (modules or [])[2:]:
+        if module.kind == "Normalize":
+            layers.append(normalize)
+            continue
+        if module.kind != "Dense":
+            return Embedding(unsupported=f"it has a module of the kind {module.kind} after the pooling")
+        folder = _inside(model_dir, module.path)
+        dense = _read(folder / "config.json", DenseConfig)
+        if dense is None:
+            raise LoadFailed(f"{folder / 'config.json'} is missing, and modules.json names it")
+        if dense.unsupported:
+            return Embedding(unsupported=dense.unsupported)
+        layers.append(read_dense(folder, dense))
     pooling = tuple(mode for mode in Pooling if mode in found.modes)
-    return Embedding(pooling, normalizes, prompts, asked.default_prompt_name)
+    return Embedding(pooling, tuple(layers), prompts, asked.default_prompt_name)
 
 
 def _inside(model_dir: Path, name: str) -> Path:

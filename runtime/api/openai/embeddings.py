@@ -1,11 +1,12 @@
 """POST /v1/embeddings: vectors of texts from models that were trained for it."""
 
+import asyncio
 import base64
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 from aiohttp import web
 
 from runtime.api.openai.completions_plan import separate_prompts
@@ -16,6 +17,7 @@ from runtime.generation.generator import Generator
 from runtime.generation.limits import check_chars, check_count, check_prompt, check_token_ids
 from runtime.interfaces import ModelDirectory, ServedModel
 from runtime.text.embedding import Embedding
+from runtime.text.embedding_layers import Array, Layer, normalize
 from runtime.types import GenerationRequest, SamplingParams, StopParams
 
 _FORMATS = ("float", "base64")
@@ -84,8 +86,9 @@ class Embeddings:
             )
             for index, prompt in enumerate(prompts)
         ]
-        vectors = [np.frombuffer(vector, "<f4") for vector in await self._generator.embed(model, requests)]
-        size = len(vectors[0])
+        pooled = np.stack([np.frombuffer(vector, "<f4") for vector in await self._generator.embed(model, requests)])
+        vectors = await asyncio.to_thread(_applied, embedding.layers, pooled) if embedding.layers else pooled
+        size = vectors.shape[1]
         if body.dimensions is not None and body.dimensions > size:
             raise InvalidRequest(
                 f"dimensions must be <= {size}, got {body.dimensions}",
@@ -97,7 +100,7 @@ class Embeddings:
         data = [
             EmbeddingEntry(
                 index,
-                _encoded(shortened(vector, body.dimensions, normalizes=embedding.normalizes), body.encoding_format),
+                _encoded(shortened(vector, body.dimensions), body.encoding_format),
             )
             for index, vector in enumerate(vectors)
         ]
@@ -106,16 +109,21 @@ class Embeddings:
         return json_response(answer, parsed.warning)
 
 
-def shortened(vector: npt.NDArray[np.float32], dimensions: int | None, *, normalizes: bool) -> npt.NDArray[np.float32]:
-    """Return the first `dimensions` values, of length 1 if the model normalizes or the vector is cut."""
-    kept = vector if dimensions is None else vector[:dimensions]
-    length = float(np.linalg.norm(kept))
-    return (kept / length).astype("<f4") if (normalizes or dimensions is not None) and length > 0 else kept
+def _applied(layers: Sequence[Layer], vectors: Array) -> Array:
+    """Return the vectors after the modules that follow the pooling."""
+    for layer in layers:
+        vectors = layer(vectors)
+    return vectors
 
 
-def _encoded(vector: npt.NDArray[np.float32], form: str | None) -> list[float] | str:
+def shortened(vector: Array, dimensions: int | None) -> Array:
+    """Return the vector, or its first `dimensions` values scaled to length 1."""
+    return vector if dimensions is None else normalize(vector[:dimensions])
+
+
+def _encoded(vector: Array, form: str | None) -> list[float] | str:
     if form == "base64":
-        return base64.b64encode(vector.tobytes()).decode()
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
     values: list[float] = vector.tolist()
     return values
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import LoadFailed
+from runtime.puller.source import module_files
 
 _COPIED = (
     "generation_config.json",
@@ -27,9 +28,12 @@ def copy_beside(model_dir: Path, out_dir: Path) -> None:
     for name in _COPIED:
         if (model_dir / name).is_file():
             shutil.copyfile(model_dir / name, out_dir / name)
-    for name in ("additional_chat_templates", "1_Pooling"):
-        if (model_dir / name).is_dir():
-            shutil.copytree(model_dir / name, out_dir / name, dirs_exist_ok=True)
+    templates = "additional_chat_templates"
+    if (model_dir / templates).is_dir():
+        shutil.copytree(model_dir / templates, out_dir / templates, dirs_exist_ok=True)
+    for file in module_files(model_dir):
+        (out_dir / file.parent.name).mkdir(exist_ok=True)
+        shutil.copyfile(file, out_dir / file.parent.name / file.name)
 
 
 def write_config(config: "dict[str, Any]", out_dir: Path) -> None:

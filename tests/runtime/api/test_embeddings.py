@@ -3,7 +3,7 @@
 import base64
 import json
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ import aiohttp
 import numpy as np
 import openai
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional
 
 from runtime.api.openai.embeddings import shortened
 from runtime.errors import LoadFailed
@@ -22,6 +25,10 @@ from tests.support.scripted_engine import ScriptedEngine, served
 
 LAST = {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}
 MODULES = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in (("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))]  # fmt: skip
+
+
+def module(kind: str, path: str) -> dict[str, str]:
+    return {"type": f"sentence_transformers.models.{kind}", "path": path}
 
 
 PROMPTS: Any = {"prompts": {"query": "The dog: ", "document": ""}, "default_prompt_name": "document"}
@@ -137,10 +144,10 @@ async def test_embeddings_report_a_vector_that_the_engine_did_not_finish(server:
 @pytest.mark.parametrize(
     ("pooling", "modules", "expected"),
     [
-        (LAST, MODULES, Embedding(normalizes=True)),
-        (LAST, MODULES[:2], Embedding(normalizes=False)),
-        (LAST, None, Embedding(normalizes=True)),
-        ({"pooling_mode": "lasttoken"}, MODULES, Embedding(normalizes=True)),
+        (LAST, MODULES, Embedding()),
+        (LAST, MODULES[:2], Embedding(layers=())),
+        (LAST, None, Embedding()),
+        ({"pooling_mode": "lasttoken"}, MODULES, Embedding()),
         ({"pooling_mode_cls_token": True}, MODULES, Embedding((Pooling.FIRST,))),
         ({"pooling_mode": "mean", "include_prompt": False}, MODULES, Embedding((Pooling.MEAN,))),
         ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, MODULES, Embedding((Pooling.FIRST, Pooling.MEAN))),
@@ -149,7 +156,8 @@ async def test_embeddings_report_a_vector_that_the_engine_did_not_finish(server:
         ({"pooling_mode_mean_sqrt_len_tokens": True}, MODULES, Embedding((Pooling.MEAN_SQRT_LEN,))),
         ({"pooling_mode": "median"}, MODULES, Embedding(unsupported="its pooling is median, which is not supported")),
         ({}, MODULES, Embedding(unsupported="its pooling is no mode, which is not supported")),
-        (LAST, [*MODULES, {"type": "sentence_transformers.models.Dense", "path": "3_Dense"}], Embedding(unsupported="it has a module of the kind Dense")),
+        (LAST, [*MODULES, module("LayerNorm", "3_LayerNorm")], Embedding(unsupported="it has a module of the kind LayerNorm after the pooling")),
+        (LAST, [module("Transformer", ""), module("Dense", "1_Dense"), module("Pooling", "1_Pooling")], Embedding(unsupported="its modules are Transformer, Dense, Pooling; they must begin with Transformer, Pooling")),
     ],
 )  # fmt: skip
 def test_read_embedding_follows_the_files(tmp_path: Path, pooling: Any, modules: Any, expected: Embedding) -> None:
@@ -174,7 +182,70 @@ def test_read_embedding_names_a_broken_file(tmp_path: Path) -> None:
         read_embedding(folder)
 
 
-def test_shortened_leaves_a_zero_vector_and_one_that_is_not_normalized() -> None:
-    zero, vector = np.zeros(3, np.float32), np.array([3, 4], np.float32)
-    assert shortened(zero, None, normalizes=True).tolist() == [0, 0, 0]
-    assert shortened(vector, None, normalizes=False).tolist() == [3, 4]
+def test_shortened_scales_what_is_cut() -> None:
+    zero, vector = np.zeros(3, np.float32), np.array([3, 4, 9], np.float32)
+    assert shortened(zero, 2).tolist() == [0, 0]
+    assert shortened(vector, None).tolist() == [3, 4, 9]
+    np.testing.assert_allclose(shortened(vector, 2), [0.6, 0.8])
+
+
+def dense_model(folder: Path, activation: str, *, bias: bool, order: Sequence[str]) -> tuple[Path, torch.nn.Linear]:
+    """An embedding model whose vectors of size 4 go through a Dense module of size 3, and the module."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(4, 3, bias=bias)
+    path = embedding_model(
+        folder, modules=[*MODULES[:2], *(module(kind, f"{i}_{kind}") for i, kind in enumerate(order, 2))]
+    )
+    for i, kind in enumerate(order, 2):
+        if kind == "Dense":
+            (path / f"{i}_Dense").mkdir()
+            config = {"in_features": 4, "out_features": 3, "bias": bias, "activation_function": activation}
+            (path / f"{i}_Dense" / "config.json").write_text(json.dumps(config))
+            save_file(
+                {f"linear.{name}": tensor.detach() for name, tensor in linear.state_dict().items()},
+                path / f"{i}_Dense" / "model.safetensors",
+            )
+    return path, linear
+
+
+@pytest.mark.parametrize(
+    "activation", ["activation.Tanh", "linear.Identity", "activation.ReLU", "activation.SiLU", "activation.Sigmoid"]
+)
+@pytest.mark.parametrize(
+    ("bias", "order"), [(True, ("Dense", "Normalize")), (False, ("Normalize", "Dense")), (True, ("Dense",))]
+)
+async def test_embeddings_go_through_dense_and_normalize_in_the_order_of_the_modules(
+    tmp_path: Path, activation: str, bias: bool, order: tuple[str, ...]
+) -> None:
+    """The reference is sentence-transformers' own forward: nn.Linear with the activation, and functional.normalize."""
+    path, linear = dense_model(tmp_path / "m", f"torch.nn.modules.{activation}", bias=bias, order=order)
+    activate = getattr(torch.nn, activation.rpartition(".")[2])()
+    async with serve(ScriptedEngine(lambda asked: []), served(path, "m1", max_model_len=40)) as server:
+        status, answer = await post(server, model="m1", input=[[5, 6], [7]])
+        cut = (await post(server, model="m1", input=[5, 6], dimensions=2))[1]["data"][0]["embedding"]
+        refused = await post(server, model="m1", input="a", dimensions=4)
+    assert status == 200
+    vectors = torch.tensor([[3.0, 4.0, 5.0, 2.0], [3.0, 4.0, 7.0, 1.0]])
+    with torch.inference_mode():
+        for kind in order:
+            vectors = activate(linear(vectors)) if kind == "Dense" else functional.normalize(vectors, dim=1)
+    found = [entry["embedding"] for entry in answer["data"]]
+    np.testing.assert_allclose(found, vectors.numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(cut, functional.normalize(vectors[0, :2], dim=0).numpy(), rtol=1e-5, atol=1e-6)
+    assert (refused[0], refused[1]["error"]["param"]) == (400, "dimensions")
+
+
+def test_read_embedding_names_a_dense_module_that_it_cannot_follow(tmp_path: Path) -> None:
+    path, _ = dense_model(tmp_path / "m", "torch.nn.modules.activation.GELU", bias=True, order=["Dense"])
+    found = read_embedding(path)
+    assert found is not None
+    assert found.unsupported.startswith("its Dense module has the activation GELU")
+    config = json.loads((path / "2_Dense" / "config.json").read_text())
+    for wrong, words in (({"out_features": 5}, "shape"), ({"bias": False}, "bias")):
+        stated = {**config, "activation_function": "torch.nn.modules.linear.Identity", **wrong}
+        (path / "2_Dense" / "config.json").write_text(json.dumps(stated))
+        with pytest.raises(LoadFailed, match=words):
+            read_embedding(path)
+    (path / "2_Dense" / "model.safetensors").unlink()
+    with pytest.raises(LoadFailed, match="not pickled"):
+        read_embedding(path)

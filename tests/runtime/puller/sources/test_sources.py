@@ -319,6 +319,13 @@ def test_wanted_selects_one_kind_of_weights() -> None:
         "model.safetensors",
         "config.json",
     ]
+    modules = ["2_Dense/model.safetensors", "1_Pooling/config.json", "2_Dense/config.json"]
+    assert names(
+        "model.safetensors", *modules, "2_Dense/pytorch_model.bin", "1_epoch/config.json", "x/1_Pooling/config.json"
+    ) == [
+        "model.safetensors",
+        *modules,
+    ]
     assert names("a.gguf", "README.md") == ["a.gguf"]
     with pytest.raises(LoadFailed, match="2 GGUF files"):
         names("a.gguf", "b.gguf")
