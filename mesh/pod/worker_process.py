@@ -31,7 +31,7 @@ class RunningWorker:
 
 
 async def start_worker_process() -> RunningWorker:
-    """Raises OSError if no process can be started."""
+    """Start a process, without running Python between fork and exec, which crashes beside gRPC's threads. Raises OSError."""
     ours, theirs = socket.socketpair()
     with theirs:
         try:
@@ -39,7 +39,6 @@ async def start_worker_process() -> RunningWorker:
                 sys.executable,
                 *("-m", "mesh.pod.worker_process"),
                 stdin=theirs.fileno(),
-                preexec_fn=die_with_parent,
                 start_new_session=True,
             )
         except OSError:
@@ -77,4 +76,5 @@ async def _serve() -> int:
 
 
 if __name__ == "__main__":
+    die_with_parent()  # also while the event loop hangs, which then does not see the end of the link
     sys.exit(uvloop.run(_serve()))

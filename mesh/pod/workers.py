@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from common.addresses import check_free, parse_address, reserve
+from common.exit_status import CANNOT_START
 from mesh.api.request_log import logs_requests
 from mesh.config.schema import MeshConfig
 from mesh.envoy.bootstrap import envoy_files
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _STABLE_AFTER_S = 30.0  # a worker that ran this long resets the count of failures
 _BACKOFF_S = (0.2, 1.0, 3.0, 10.0)
+_MOST_FAILED_STARTS = 3  # of one worker, while the pod starts
 _END_S = 1.0  # a worker's time between closing its link and its end
 
 StartWorker = Callable[[], Awaitable[RunningWorker]]
@@ -158,9 +160,10 @@ class PodWorkers:
             status = await _ended(worker)
             if self._leaving.is_set():
                 return
-            if not has_listened and not self._is_open:
-                raise OSError(f"a worker ended with status {status} before it listened")
             num_failures = 1 if time.monotonic() - started_s > _STABLE_AFTER_S else num_failures + 1
+            is_lasting = status == CANNOT_START or num_failures >= _MOST_FAILED_STARTS
+            if not has_listened and not self._is_open and is_lasting:
+                raise OSError(f"a worker ended with status {status} before it listened")
             pause_s = _BACKOFF_S[min(num_failures, len(_BACKOFF_S)) - 1]
             logger.warning("a worker ended with status %d; starting another one in %g s", status, pause_s)
             with contextlib.suppress(TimeoutError):
