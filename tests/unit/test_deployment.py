@@ -1,6 +1,7 @@
 """docker/ and deploy/ say what the programs take: command lines, ports, folders and volumes. Nothing is built or applied here."""
 
 import argparse
+import configparser
 import json
 import re
 import tomllib
@@ -16,6 +17,7 @@ from mesh.config.schema import MeshConfig
 from mesh.envoy.binary import ELSEWHERE
 from mesh.envoy.files import EnvoyFiles
 from runtime.config.loader import configure
+from runtime.config.schema import RuntimeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -139,3 +141,41 @@ def test_image_for_the_controller_starts_the_mesh_and_has_its_script() -> None:
     script = next(copy for copy in of("COPY") if "modelmesh-stop.sh" in copy)
     assert script.split()[-1] == "/opt/kserve/mmesh/stop.sh"
     assert of("FROM")[-1] == "pod", "the image without a target is the one for all commands"
+
+
+def production(heading: str) -> str:
+    """Return the code of docs/production.md that begins with the comment `heading`."""
+    text = (ROOT / "docs" / "production.md").read_text()
+    found = re.search(rf"```\w*\n# {re.escape(heading)}.*?\n(.*?)```", text, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def unit() -> configparser.ConfigParser:
+    parsed = configparser.ConfigParser(interpolation=None, strict=False)
+    parsed.optionxform = str  # type: ignore[assignment,method-assign]
+    parsed.read_string(production("/etc/systemd/system/repertory.service"))
+    return parsed
+
+
+def test_systemd_unit_starts_serve_and_waits_for_its_grace() -> None:
+    service = unit()["Service"]
+    program, *command = service["ExecStart"].split()
+    assert program == "/opt/repertory/bin/repertory"
+    given = serve(command)
+    assert given.home == f"/var/lib/{service['StateDirectory']}"
+    for pair in service["Environment"].split():
+        assert pair.partition("=")[2].startswith(given.home)
+    assert int(service["TimeoutStopSec"]) > 2 * MeshConfig().grace_s
+    assert service["KillMode"] == "mixed"
+
+
+def test_configuration_of_production_is_read() -> None:
+    sections: dict[str, Any] = yaml.safe_load(production("/etc/repertory/config.yaml"))
+    assert sections.keys() == {"mesh", "runtime"}
+    mesh = load(MeshConfig, flags={}, env={}, file=json.dumps(sections["mesh"]))
+    assert (port(mesh.http_listen), port(mesh.grpc_listen)) == ("8080", "8033")
+    assert mesh.api_keys_file == "/etc/repertory/keys.yaml"
+    runtime = load(RuntimeConfig, flags={}, env={}, file=json.dumps(sections["runtime"]))
+    assert runtime.storage_config_dir == "/etc/repertory/storage"
+    assert runtime.engine.device_budget_bytes == 120 << 30
