@@ -1,13 +1,13 @@
 """Runs an aiohttp application on the addresses of one process, with limits on its connections."""
 
 import asyncio
+import ssl
 from collections.abc import Sequence
 from typing import Any
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from mesh.access.tls import TlsIdentity
 from mesh.api.connection_limits import ConnectionLimits, LimitedConnections
 from mesh.api.http_body import BODY_TIMEOUT_S
 
@@ -37,7 +37,7 @@ class HttpListeners:
         )
         self._listeners: list[asyncio.Server] = []
 
-    async def listen(self, address: str, tls: TlsIdentity | None, *, is_shared: bool = False) -> int:
+    async def listen(self, address: str, tls: ssl.SSLContext | None, *, is_shared: bool = False) -> int:
         """Listen at an address and return the port, 0 for a unix socket. `is_shared`: other processes listen at the port, too.
 
         Raises OSError if the address is taken.
@@ -46,7 +46,7 @@ class HttpListeners:
             await self._runner.setup()
         options: dict[str, Any] = {"backlog": _BACKLOG}
         if tls is not None:
-            options |= {"ssl": tls.server_context(), "ssl_handshake_timeout": _HANDSHAKE_S}
+            options |= {"ssl": tls, "ssl_handshake_timeout": _HANDSHAKE_S}
         loop, make = asyncio.get_running_loop(), self._connections.protocol
         if address.startswith("unix:"):
             self._listeners.append(await loop.create_unix_server(make, address.removeprefix("unix:"), **options))

@@ -1,6 +1,6 @@
 """Serves the pod's HTTP port: forwarding of OpenAI's API, models, admin and health."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 from urllib.parse import unquote
 
@@ -19,7 +19,7 @@ from mesh.api.connection_limits import ConnectionLimits
 from mesh.api.http_errors import errors_as_json, response_of
 from mesh.api.http_listeners import HttpListeners
 from mesh.api.request_log import request_log
-from mesh.api.web_guard import WebGuard, has_certificate
+from mesh.api.web_guard import WebGuard
 from mesh.errors import InvalidRequest, NotSupported, Unauthenticated
 from mesh.observability.metrics import Metrics
 
@@ -55,10 +55,11 @@ class HttpServer:
         self.address = address
         self._tls = tls
         self._peer_address = peer_address
-        self._peer_tls = peer_tls
-        web_guard = WebGuard(web_policy, is_keyless=not guard.requires_keys)
+        # Its connections are those of pods. The listener for callers may ask for certificates, too.
+        self._peer_context = peer_tls.server_context() if peer_tls is not None else None
+        web_guard = WebGuard(web_policy, is_keyless=not guard.requires_keys, is_peer=self._is_peer)
         middlewares: list[Middleware] = [request_log(metrics), errors_as_json, web_guard.middleware]
-        middlewares += [guarded(guard, behind_envoy=behind_envoy), refuse_ambiguous_paths]
+        middlewares += [guarded(guard, self._is_peer, behind_envoy=behind_envoy), refuse_ambiguous_paths]
         self._listeners = HttpListeners(limits, middlewares, grace_s=grace_s)
         app = self._app = self._listeners.app
         web_guard.add_to(app)
@@ -79,9 +80,15 @@ class HttpServer:
 
     async def start(self) -> None:
         """Raises OSError if an address is taken."""
-        self.port = await self._listeners.listen(self.address, self._tls)
-        if self._peer_tls is not None:
-            self.peer_port = await self._listeners.listen(self._peer_address, self._peer_tls)
+        context = self._tls.server_context() if self._tls is not None else None
+        self.port = await self._listeners.listen(self.address, context)
+        if self._peer_context is not None:
+            self.peer_port = await self._listeners.listen(self._peer_address, self._peer_context)
+
+    def _is_peer(self, request: web.Request) -> bool:
+        """Return whether a request came to the listener for pods, which have authenticated by certificate."""
+        context = request.transport.get_extra_info("sslcontext") if request.transport is not None else None
+        return context is not None and context is self._peer_context
 
     async def stop(self) -> None:
         """Refuse new connections; running responses may end within the grace period."""
@@ -102,17 +109,17 @@ async def _refuse_path(request: web.Request) -> web.StreamResponse:
     raise NotSupported(f"POST {request.path} is not supported yet; there are /v1/chat/completions and /v1/completions")
 
 
-def guarded(guard: Guard, *, behind_envoy: bool = False) -> Middleware:
+def guarded(guard: Guard, is_peer: Callable[[web.Request], bool], *, behind_envoy: bool = False) -> Middleware:
     """Return a middleware that admits or refuses each request before any of its body is read.
 
-    `behind_envoy`: only Envoy connects, which recognises some callers itself.
+    `is_peer`: whether a request is another pod's. `behind_envoy`: only Envoy connects, which recognises some callers itself.
 
     Clients send their key as a bearer key, or in `x-api-key` as Anthropic's do.
     """
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if has_certificate(request):
+        if is_peer(request):
             set_caller(PEER)
             return await handler(request)
         resource = request.match_info.route.resource

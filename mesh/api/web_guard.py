@@ -1,6 +1,7 @@
 """Applies the rules of Host, Origin and CORS to the pod's HTTP port."""
 
 import socket
+from collections.abc import Callable
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -12,10 +13,11 @@ from mesh.errors import PermissionDenied
 
 
 class WebGuard:
-    """`is_keyless`: requests need no key, so a page could call in the name of the person who looks at it."""
+    """`is_keyless`: requests need no key, so a page could call in the name of the person who looks at it. `is_peer`: whether a request is another pod's."""
 
-    def __init__(self, policy: WebPolicy | None, *, is_keyless: bool) -> None:
+    def __init__(self, policy: WebPolicy | None, *, is_keyless: bool, is_peer: Callable[[web.Request], bool]) -> None:
         self._policy = policy
+        self._is_peer = is_peer
         self._is_keyless = is_keyless
 
     def add_to(self, app: web.Application) -> None:
@@ -26,7 +28,7 @@ class WebGuard:
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Answer preflight requests, and 403 for pages that may not call. Raises PermissionDenied."""
         policy = self._policy
-        if policy is None or has_certificate(request):
+        if policy is None or self._is_peer(request):
             return await handler(request)
         if preflight := policy.preflight_headers(request.method, request.headers):
             return web.Response(status=204, headers=preflight)
@@ -38,11 +40,6 @@ class WebGuard:
         assert self._policy is not None
         for name, value in self._policy.response_headers(request.headers.get("Origin")).items():
             response.headers.setdefault(name, value)
-
-
-def has_certificate(request: web.Request) -> bool:
-    """Return whether the client has authenticated by certificate, which only the listener for peers asks for."""
-    return request.transport is not None and bool(request.transport.get_extra_info("peercert"))
 
 
 def is_open(request: web.Request) -> bool:

@@ -65,7 +65,8 @@ class WorkerHttp:
 
     async def start(self) -> None:
         """Raises OSError if the address cannot be listened on."""
-        await self._listeners.listen(self._address, self._tls, is_shared=True)
+        context = self._tls.server_context() if self._tls is not None else None
+        await self._listeners.listen(self._address, context, is_shared=True)
 
     async def stop(self) -> None:
         """Refuse new connections; running responses may end within the grace period."""

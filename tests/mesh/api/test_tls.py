@@ -98,6 +98,22 @@ async def test_callers_need_a_certificate_of_one_of_the_authorities(tmp_path: Pa
             await pod.http.get("/health")
 
 
+async def test_callers_certificate_stands_for_no_key(tmp_path: Path) -> None:
+    authority = Authority("server")
+    certificate, key = authority.issue(tmp_path / "tls")
+    trusted = authority.write(tmp_path / "ca.pem")
+    settings: dict[str, Any] = {"tls_cert": certificate, "tls_key": key, "tls_client_ca": str(trusted)}
+    async with running_pod(tmp_path / "pod", trusted=trusted, api_keys=("secret",), **settings) as pod:
+        context = ssl.create_default_context(cafile=trusted)
+        context.load_cert_chain(*authority.issue(tmp_path / "caller"))
+        url = f"https://127.0.0.1:{pod.pod.http.port}/v1/models"
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as caller:
+            async with caller.get(url) as answer:
+                assert answer.status == 401
+            async with caller.get(url, headers={"Authorization": "Bearer secret"}) as answer:
+                assert answer.status == 200
+
+
 async def test_pods_trust_one_certificate_that_they_share(tmp_path: Path, etcd: EtcdServer) -> None:
     """As under ModelMesh's controller, which gives its pods one certificate and no authority."""
     store = f"{etcd.url}/{uuid.uuid4().hex}"
