@@ -48,6 +48,8 @@ class PrefixWatch:
         self._prefix = prefix
         self._next = next_revision
         self._went_back = False
+        # The store was replaced before. If it is restored next, its history holds this position and is another one than that seen so far.
+        self._doubts_history = False
         self._cluster_id: int | None = None
         self._pause_s = FIRST_PAUSE_S
         self._heard_at_s = asyncio.get_running_loop().time()
@@ -69,9 +71,12 @@ class PrefixWatch:
             except _HistoryLost as lost:
                 logger.info("events of %s after revision %s are gone; listing again", self._prefix, self._next)
                 self._next, self._went_back = None, lost.went_back
+                self._doubts_history = self._doubts_history or lost.went_back
             except StoreError as error:
                 if self._connection.closed:
                     return
+                if self._doubts_history:
+                    self._next = None
                 first_of_many = self._pause_s == FIRST_PAUSE_S
                 logger.log(
                     logging.WARNING if first_of_many else logging.DEBUG, "watch of %s broken: %s", self._prefix, error

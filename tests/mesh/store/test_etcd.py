@@ -166,6 +166,30 @@ async def test_watch_notices_a_store_that_lost_its_data(own_etcd: EtcdServer) ->
         assert listed.listing.entries == ()
 
 
+async def test_watch_lists_a_restored_store_instead_of_repeating_its_history(own_etcd: EtcdServer) -> None:
+    async with opened(own_etcd.endpoint) as store, aclosing(store.watch("/a/")) as events:
+        await take(events, 1)
+        for number in range(8):
+            await store.put("/a/x", str(number).encode())
+        await take(events, 8)
+        own_etcd.wipe()
+        own_etcd.start()
+        (emptied,) = await take(events, 1)
+        assert isinstance(emptied, Relisted)
+        await store.put("/a/y", b"")
+        await take(events, 1)
+        own_etcd.restore()
+        own_etcd.start()
+        (restored,) = await take(events, 1)
+        assert isinstance(restored, Relisted)
+        assert [entry.value for entry in restored.listing.entries] == [b"7"]
+        assert not restored.went_back
+        await store.put("/a/x", b"8")
+        (put,) = await take(events, 1)
+        assert isinstance(put, EntryPut)
+        assert put.entry.value == b"8"
+
+
 async def test_watch_restarts_when_the_server_hangs(
     own_etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
