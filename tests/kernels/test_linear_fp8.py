@@ -53,7 +53,7 @@ def test_kernel_equals_twin(
 
 @pytest.mark.parametrize("codes", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize(("num_rows", "gate"), [(1, "silu"), (5, "gelu_tanh"), (32, "gelu"), (33, "silu")])
-@pytest.mark.parametrize(("num_outputs", "in_features", "early"), [(48, 512, False), (70, 320, False), (64, 512, True)])
+@pytest.mark.parametrize(("num_outputs", "in_features"), [(48, 512), (70, 320)])
 def test_gate_is_the_activation_of_the_product(
     device: torch.device,
     codes: torch.dtype,
@@ -61,7 +61,6 @@ def test_gate_is_the_activation_of_the_product(
     gate: Activation,
     num_outputs: int,
     in_features: int,
-    early: bool,
 ) -> None:
     weight = quantize_activations(torch.randn(2 * num_outputs, in_features, device=device) / in_features**0.5, codes)
     rows = quantize_activations(torch.randn(num_rows, in_features, device=device).to(torch.bfloat16), codes)
@@ -73,12 +72,7 @@ def test_gate_is_the_activation_of_the_product(
     linear8.linear_8bit_torch(rows, weight.codes, weight.scale, bias, gate, twin)
     linear8.linear_8bit_torch(rows, weight.codes, weight.scale, bias, None, gate_up)
     assert torch.equal(twin, act_mul(gate_up, gate))
-    if early:
-        block_m, block_n, block_k, splits, _, num_warps, num_stages = gpu.gated_tiling(num_rows)
-        cut = (block_m, block_n, block_k, splits, True, num_warps, num_stages)
-        gpu.launch(rows, weight.codes, weight.scale, bias, gate, out, None, *cut)
-    else:
-        gpu.linear_8bit(rows, weight.codes, weight.scale, bias, gate, out, None)
+    gpu.linear_8bit(rows, weight.codes, weight.scale, bias, gate, out, None)
     assert _relative_error(out, twin) < (2e-2 if device.type == "cpu" else 6e-3)  # The interpreter cuts bf16 off.
 
 

@@ -36,8 +36,8 @@ for codes, largest in (("*i8", 127.0), ("*fp8e4nv", 448.0)):
     check(norm._norm_kernel, {"ADD": True, "PLUS_ONE": False, "BLOCK": 4096, **row}, 8, **{**types, "out_ptr": codes}, eps="fp32")
     constants = {"HAS_BIAS": False, "EVEN_N": True, "EVEN_K": True, "WIDEN": False, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "PDL": True}
     pointers = {"x_ptr": codes, "weight_ptr": codes, "x_scale_ptr": "*fp32", "partials_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
-    for kind, split, early in ((0, True, True), (1, False, False)):
-        check(linear8._linear8_kernel, {**constants, "KIND": kind, "SPLIT": split, "EARLY": early}, 4, scale_ptr="*fp32", **pointers)
+    for kind, split in ((0, True), (1, False)):
+        check(linear8._linear8_kernel, {**constants, "KIND": kind, "SPLIT": split}, 4, scale_ptr="*fp32", **pointers)
 tables = {"places_ptr": "*i64", "hidden_ptr": "*fp32", "memory_ptr": "*bf16", "y_ptr": "*bf16", **halves}
 for block_t, block_n, slices in ((16, 64, 3), (16, 128, 1), (64, 128, 2)):
     constants = {"BLOCK_T": block_t, "BLOCK_R": 16, "PDL": True, "PRECISION": "tf32"}

@@ -52,7 +52,6 @@ def _linear8_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     pdl.begin(PDL)
@@ -69,27 +68,12 @@ def _linear8_kernel(
     u_ptrs = w_ptrs
     if KIND > 0:
         u_ptrs = w_ptrs + N.to(tl.int64) * K
-    if EARLY:
-        # Fetch the first weights before the kernels that compute x have ended.
-        w_early = tl.load(w_ptrs)
-        if KIND > 0:
-            u_early = tl.load(u_ptrs)
     pdl.wait(PDL)
     x_ptrs = x_ptr + rows_m.to(tl.int64)[None, :] * x_stride + cols[:, None]
     num_steps = tl.minimum(steps_each, tl.cdiv(K, BLOCK_K) - split * steps_each)
     acc = tl.zeros((BLOCK_N, BLOCK_M), SUM)
     up = tl.zeros((BLOCK_N, BLOCK_M), SUM)
-    first = 0
-    if EARLY:
-        x = tl.load(x_ptrs, mask=mask_m[None, :], other=0.0)
-        acc = _multiplied(w_early, x, acc, WIDEN)
-        if KIND > 0:
-            up = _multiplied(u_early, x, up, WIDEN)
-            u_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-        x_ptrs += BLOCK_K
-        first = 1
-    for step in range(first, num_steps):
+    for step in range(num_steps):
         if EVEN_K:
             w = tl.load(w_ptrs)
             x = tl.load(x_ptrs, mask=mask_m[None, :], other=0.0)
@@ -172,16 +156,13 @@ def linear_8bit(
             products += bias
 
 
-def gated_tiling(num_rows: int) -> tuple[int, int, int, int, bool, int, int]:
-    """Return (BLOCK_M, BLOCK_N, BLOCK_K, splits of K, early, warps, stages) of up to GATED_ROWS rows."""
-    return max(16, triton.next_power_of_2(num_rows)), 64, 128, 1, False, 4, 6
+def gated_tiling(num_rows: int) -> tuple[int, int, int, int, int, int]:
+    """Return (BLOCK_M, BLOCK_N, BLOCK_K, splits of K, warps, stages) of up to GATED_ROWS rows."""
+    return max(16, triton.next_power_of_2(num_rows)), 64, 128, 1, 4, 6
 
 
-def tiling(num_rows: int, num_outputs: int, in_features: int) -> tuple[int, int, int, int, bool, int, int]:
-    """Return (BLOCK_M, BLOCK_N, BLOCK_K, splits of K, early, warps, stages) from docs/benchmarks/linear.md.
-
-    `early` fetches the first weights before the wait.
-    """
+def tiling(num_rows: int, num_outputs: int, in_features: int) -> tuple[int, int, int, int, int, int]:
+    """Return (BLOCK_M, BLOCK_N, BLOCK_K, splits of K, warps, stages) from docs/benchmarks/linear.md."""
     block_m = min(256, max(16, triton.next_power_of_2(num_rows)))
     if block_m <= 32:
         block_n, block_k, num_warps, num_stages = 64, 256, 4, 6 if num_outputs < 16384 else 4
@@ -193,7 +174,7 @@ def tiling(num_rows: int, num_outputs: int, in_features: int) -> tuple[int, int,
         block_n, block_k, num_warps, num_stages = 128, 128, 8, 4
     num_tiles = triton.cdiv(num_outputs, block_n) * triton.cdiv(num_rows, block_m)
     splits = 2 if 2 * num_tiles <= _PROCESSORS and in_features >= 8 * block_k else 1
-    return block_m, block_n, block_k, splits, False, num_warps, num_stages
+    return block_m, block_n, block_k, splits, num_warps, num_stages
 
 
 def launch(
@@ -208,7 +189,6 @@ def launch(
     block_n: int,
     block_k: int,
     splits: int,
-    early: bool,
     num_warps: int,
     num_stages: int,
 ) -> None:
@@ -252,7 +232,6 @@ def launch(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        EARLY=early and pdl.overlaps(weight) and in_features % block_k == 0,
         PDL=pdl.overlaps(weight),
         num_warps=num_warps,
         num_stages=num_stages,
