@@ -132,7 +132,7 @@ def _mesh(server: str, workers: int) -> Iterator[stack.Mesh]:
             stack.mesh(
                 home,
                 *sockets,
-                None,
+                home / "mesh.log",
                 runtime_inference_grpc=server,
                 workers=workers,
                 envoy_dir=f"{home}/shared",
