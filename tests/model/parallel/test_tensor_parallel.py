@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 
 from common.model_key import ModelSettings, Quantization
 from runtime.ipc.messages import RowTokens, TokenLogprobs
@@ -17,6 +18,7 @@ from runtime.puller.sizing import geometry_of, needs_of
 from runtime.types import Checkpoint, GenerationRequest, LogprobParams, ModelFacts, SamplingParams, StopParams
 from tests.support.engine_process import Engine, engine
 from tests.support.families import family
+from tests.support.gguf_files import write_llama
 from tests.support.llama_checkpoints import tiny_llama
 from tests.support.oracle import prompts, reference
 
@@ -98,6 +100,26 @@ def test_quantised_weights_on_two_ranks_give_the_text_of_one(
     for running in (single, pair):
         with loaded(running, quantization.value, checkpoint):
             found.append(texts(running, quantization.value, prompts(5, 3)))
+    assert found[0] == found[1]
+
+
+def test_kept_gguf_blocks_on_two_ranks_give_the_text_of_one(single: Engine, pair: Engine, tmp_path: Path) -> None:
+    """The values of the first layer and the down projections of the second are stored in another type than the rest."""
+    model = tiny_llama(tmp_path / "m", hidden=256)
+    others = {"blk.0.attn_v": GGMLQuantizationType.Q8_0, "blk.1.ffn_down": GGMLQuantizationType.IQ4_NL}
+    write_llama(model, tmp_path / "m.gguf", blocks=lambda name: others.get(name, GGMLQuantizationType.Q4_0))
+    (tmp_path / "out").mkdir()
+    pack(
+        PackRequest("gguf", str(tmp_path), (str(tmp_path / "m.gguf"),), str(tmp_path / "out"), "test"),
+        lambda event: None,
+    )
+    checkpoint = Checkpoint(
+        str(tmp_path / "out"), (), str(tmp_path / "out" / PACKED_NAME), Quantization.NONE, "float32"
+    )
+    found = []
+    for running in (single, pair):
+        with loaded(running, "gguf", checkpoint):
+            found.append(texts(running, "gguf", prompts(5, 3)))
     assert found[0] == found[1]
 
 
