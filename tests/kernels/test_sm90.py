@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 PROGRAM = """
+import torch
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from runtime.engine.kernels.gpu import activation, adapter_norm, adapters_triton, argmax, inputs, linear8, linear16, norm, quantized_rows, sample
+from runtime.engine.kernels.gpu import activation, adapter_norm, adapters_triton, argmax, inputs, linear4_triton, linear8, linear16, norm, quantized_rows, sample
 
 def check(kernel, constants, num_warps, **pointers):
     types = {name: "constexpr" if name in constants else pointers.get(name, "*i32" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
@@ -46,6 +47,14 @@ for block_t, block_n, slices in ((16, 64, 3), (16, 128, 1), (64, 128, 2)):
     expand = {**constants, "SPLITS": 4, "BLOCK_N": block_n}
     check(adapters_triton.expand_kernel, {**expand, "SLICES": slices}, 4, **tables)
     check(adapters_triton.gated_expand_kernel, {**expand, "SLICES": min(slices, 2), "KIND": 1}, 8, **tables)
+for codebook, scales, scale in (("nf4", 2, "*fp32"), ("q4_0", 4, "*fp16"), ("iq4_nl", 4, "*fp16")):
+    types = {"words_ptr": "*i32", "absmax_ptr": scale, "codes_ptr": scale, "partials_ptr": "*fp32", **halves}
+    asm = {"ASM": linear4_triton.lookup_asm(codebook, torch.bfloat16), "SCALES": scales}
+    check(linear4_triton.dequantize_kernel, {**asm, "WIDE": False, "BLOCK_N": 64}, 4, **types)
+    for block_m, block_n, sums in ((16, 64, True), (64, 128, True), (128, 128, False)):
+        constants = {**asm, "HAS_BIAS": True, "SPLIT": block_m == 16, "SCALE_SUMS": sums, "EVEN_N": True, "PADDED": False, "PDL": True}
+        constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "PRECISION": "tf32"}
+        check(linear4_triton.linear4_kernel, constants, 8 if block_m == 64 else 4, **types)
 pointers = {**tables, "residual_ptr": "*bf16"}
 constants = {"SPLITS": 4, "BLOCK": 4096, "BLOCK_R": 16, "PLUS_ONE": False, "PDL": True}
 check(adapter_norm.adapted_norm_kernel, constants, 16, **pointers, eps="fp32")
