@@ -52,12 +52,9 @@ def an_upload(rows: list[tuple[int, int]], chunk_tokens: int) -> tuple[torch.Ten
     firsts = np.cumsum([0, *(count for _, count in rows)])
     chunks, order = group_by_adapter([slot for slot, _ in rows], firsts, chunk_tokens)
     head = layout.HEADER_WORDS
-    slots = np.array([slot for slot, count in rows for _ in range(count)])
-    words = np.concatenate((np.zeros(head, np.int64), chunks.ravel(), order, slots[order])).astype(np.int32)
-    words[layout.NUM_TOKENS] = len(order)
+    words = np.concatenate((np.zeros(head, np.int64), chunks.ravel(), order)).astype(np.int32)
     words[layout.NUM_CHUNKS], words[layout.AT_CHUNKS] = len(chunks), head
     words[layout.AT_ORDER] = head + chunks.size
-    words[layout.AT_OWNERS] = head + chunks.size + len(order)
     return torch.from_numpy(words), len(chunks)
 
 
@@ -212,7 +209,7 @@ def test_twin_equals_torchs_grouped_product() -> None:
     x, y = torch.randn(tokens, inputs), torch.zeros(tokens, outputs)
     chunks = chunks_of(rows, tokens, "cpu", slots, 1000)
     op.add_adapters(y, x, chunks, table, first_module=0, widths=[outputs])
-    order = chunks.upload[int(chunks.upload[layout.AT_ORDER]) :][:tokens].long()
+    order = chunks.upload[int(chunks.upload[layout.AT_ORDER]) :].long()
     ends = torch.tensor([8, 18, 19], dtype=torch.int32)
     hidden = torch.nn.functional.grouped_mm(x[order].bfloat16(), a.transpose(1, 2).bfloat16(), offs=ends)
     wanted = torch.nn.functional.grouped_mm(hidden, b.transpose(1, 2).bfloat16(), offs=ends)

@@ -9,7 +9,7 @@ import torch
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from runtime.engine.kernels.gpu import activation, adapter_norm, adapters_triton, argmax, inputs, linear4_triton, linear8, linear16, norm, quantized_rows, sample
+from runtime.engine.kernels.gpu import activation, adapters_triton, argmax, inputs, linear4_triton, linear8, linear16, norm, quantized_rows, sample
 
 def check(kernel, constants, num_warps, **pointers):
     types = {name: "constexpr" if name in constants else pointers.get(name, "*i32" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
@@ -55,9 +55,6 @@ for codebook, scales, scale in (("nf4", 2, "*fp32"), ("q4_0", 4, "*fp16"), ("iq4
         constants = {**asm, "HAS_BIAS": True, "SPLIT": block_m == 16, "SCALE_SUMS": sums, "EVEN_N": True, "PADDED": False, "PDL": True}
         constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "PRECISION": "tf32"}
         check(linear4_triton.linear4_kernel, constants, 8 if block_m == 64 else 4, **types)
-pointers = {**tables, "residual_ptr": "*bf16"}
-constants = {"SPLITS": 4, "BLOCK": 4096, "BLOCK_R": 16, "PLUS_ONE": False, "PDL": True}
-check(adapter_norm.adapted_norm_kernel, constants, 16, **pointers, eps="fp32")
 print("compiled")
 """
 

@@ -194,7 +194,7 @@ def test_log_probabilities_over_a_base_on_a_gpu(
 
 @pytest.mark.gpu
 def test_log_probabilities_of_decoded_tokens_on_a_gpu(tmp_path: Path) -> None:
-    """Teacher-forced in bf16: rows of two adapters and the base decode together, where norms add the adapters' outputs, without graphs and with them."""
+    """Teacher-forced in bf16: rows of two adapters and the base decode together, without graphs and with them."""
     model = model_of("llama")
     checkpoint = msgspec.structs.replace(save(model.to(torch.bfloat16), tmp_path / "base"), dtype="bfloat16")
     oracles: dict[str, PreTrainedModel | PeftModel] = {"base": model_of("llama")}

@@ -13,7 +13,6 @@ Layout of the upload, in int32 words:
     chunks:     (adapter's slot, first place in the order, number of tokens) each, if rows have adapters; slot -1 = no adapter
     order:      all tokens, those of one adapter end to end
     sample chunks, sample order: the same of the samples, unless every token is one
-    owners:     the adapter's slot of each place in the order, if every row has one token
 
 Unused rows are padded with zero queries and unused tokens with slot -1, so that one CUDA graph serves every smaller
 step.
@@ -45,8 +44,7 @@ HEADER_WORDS = 20
     NUM_SAMPLE_CHUNKS,
     AT_SAMPLE_CHUNKS,
     AT_SAMPLE_ORDER,
-    AT_OWNERS,
-) = range(20)
+) = range(19)
 
 
 def build_inputs(

@@ -86,12 +86,10 @@ def test_pack_groups_samples_apart_from_the_tokens_of_their_rows() -> None:
     ]
 
 
-def test_pack_names_the_adapters_of_a_decode_step_in_order() -> None:
-    """Every token is drawn from there, so no token is dropped, and samples need no chunks."""
-    plan = StepPlan([0, 1, 2], [4, 7, 1], [1, 1, 1], [True, True, True], [1, 1, 1], [], [], adapters=[5, -1, 3])
+def test_pack_groups_no_samples_of_a_decode_step() -> None:
+    """Every token is drawn from there, so no token is dropped."""
+    plan = StepPlan([0, 1], [4, 7], [1, 1], [True, True], [1, 1], [], [], adapters=[0, 1])
     words = np.zeros(100, np.int32)
     pack(plan, 0, words, 8, on_gpu=True)
-    assert words[layout.NUM_CHUNKS] == 3
+    assert words[layout.NUM_CHUNKS] == 2
     assert words[layout.NUM_SAMPLE_CHUNKS] == 0
-    assert words[words[layout.AT_ORDER] :][:3].tolist() == [2, 0, 1]
-    assert words[words[layout.AT_OWNERS] :][:3].tolist() == [3, 5, -1]

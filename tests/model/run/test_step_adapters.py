@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from runtime.engine.kernels.norm import add_rms_norm
 from runtime.engine.model.run.adapters import AdapterSite, StepAdapters
 from tests.kernels.test_adapters import a_table, chunks_of
 
@@ -47,34 +46,3 @@ def test_step_adapters_graph_equals_eager_products(rows: int) -> None:
         graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 5, 40])
-def test_norm_that_expands_equals_expand_and_norm(rows: int) -> None:
-    """Without a graph and in one."""
-    device = torch.device("cuda")
-    table, _ = a_table(4, [(512, 512)], torch.bfloat16)
-    table = type(table)(table.memory.to(device), table.places.to(device), table.max_rank)
-    chunks = chunks_of([(row % 5 - 1, 1) for row in range(rows)], rows, device, table.num_slots)
-    adapters = StepAdapters(chunks, table, rows, torch.cuda.Stream())
-    site, weight = AdapterSite(0, (512,)), torch.randn(512, 512, device=device).bfloat16() * 512**-0.5
-    x, first = torch.randn(rows, 512, device=device).bfloat16(), torch.randn(rows, 512, device=device).bfloat16()
-    ones = torch.ones(512, device=device, dtype=torch.bfloat16)
-
-    def joined() -> tuple[torch.Tensor, torch.Tensor]:
-        residual = first.clone()
-        pending = adapters.before_norm(site, x, lambda: functional.linear(x, weight), None)
-        return pending.normed(residual, ones, 1e-5, False), residual
-
-    y = adapters.around(site, x, lambda: functional.linear(x, weight), None)
-    wanted = add_rms_norm(y, first.clone(), ones, 1e-5)
-    eager = joined()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = joined()
-    graph.replay()
-    torch.cuda.synchronize()
-    for one, two, three in zip(eager, captured, wanted, strict=True):
-        assert torch.equal(one, two)
-        torch.testing.assert_close(one, three, rtol=2e-2, atol=2e-2)

@@ -16,14 +16,14 @@ from runtime.engine.kernels.scratch import Scratch
 
 MOST_LANES = 16  # programs of an expand among which the chunks of a block of outputs are divided
 _BLOCK_K, _BLOCK_K_OF_LARGE = 128, 64  # columns of a shrink's step, for small and large chunks
-BLOCK_R = 16
+_BLOCK_R = 16
 _FEW_CHUNKS = 16
 _MANY_PROGRAMS = 256  # of a shrink: about two for each multiprocessor
 
 
 @dataclass(frozen=True, slots=True)
 class Shrunk:
-    """The sums of A · x of one launch: float32 [blocks of BLOCK_R ranks, `num_splits`, tokens in the order of the chunks, modules, BLOCK_R].
+    """The sums of A · x of one launch: float32 [blocks of 16 ranks, `num_splits`, tokens in the order of the chunks, modules, 16].
 
     Blocks of ranks come first, because most adapters have few ranks and the memory has room for the largest.
     """
@@ -68,7 +68,7 @@ def shrink(
     if not 0 < slices <= MAX_MODULES or x.stride(1) != 1:
         raise ValueError(f"x {list(x.shape)} with strides {x.stride()} does not fit {slices} modules")
     how = tiling(chunks, in_features, slices)
-    elements = how.splits * num_tokens * slices * triton.cdiv(table.max_rank, BLOCK_R) * BLOCK_R
+    elements = how.splits * num_tokens * slices * triton.cdiv(table.max_rank, _BLOCK_R) * _BLOCK_R
     # Every launch that uses the scratch waits for the kernels before it, so the parts live until the expand has read them.
     if scratch is not None and scratch.partials.numel() >= elements:
         parts = scratch.partials
@@ -93,7 +93,7 @@ def shrink(
             EVEN_K=in_features % how.block_k == 0,
             BLOCK_T=chunks.tokens,
             BLOCK_K=how.block_k,
-            BLOCK_R=BLOCK_R,
+            BLOCK_R=_BLOCK_R,
             PDL=pdl.overlaps(x),
             PRECISION=precision(x),
             num_warps=4,
@@ -131,7 +131,7 @@ def expand(
         SPLITS=triton.next_power_of_2(shrunk.num_splits),
         BLOCK_T=chunks.tokens,
         BLOCK_N=block_n,
-        BLOCK_R=BLOCK_R,
+        BLOCK_R=_BLOCK_R,
         PDL=pdl.overlaps(y),
         PRECISION=precision(y),
         num_warps=num_warps,
@@ -176,7 +176,7 @@ def expand_gated(
         SPLITS=triton.next_power_of_2(shrunk.num_splits),
         BLOCK_T=chunks.tokens,
         BLOCK_N=block_n,
-        BLOCK_R=BLOCK_R,
+        BLOCK_R=_BLOCK_R,
         PDL=pdl.overlaps(y),
         PRECISION=precision(y),
         num_warps=num_warps,

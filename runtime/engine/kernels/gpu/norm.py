@@ -10,19 +10,6 @@ from runtime.engine.kernels.quantized_rows import QuantizedRows, largest
 
 
 @triton.jit
-def normalised(x, weight, width, eps, PLUS_ONE: tl.constexpr):
-    """Return a row, 0 beyond `width`, normalised in float32."""
-    wide = x.to(tl.float32)
-    scale = 1.0 / tl.sqrt_rn(tl.sum(wide * wide, axis=0) / width + eps)
-    wide = wide * scale
-    if PLUS_ONE:
-        y = wide * (1.0 + weight.to(tl.float32))
-    else:
-        y = weight.to(tl.float32) * wide.to(x.dtype).to(tl.float32)
-    return y
-
-
-@triton.jit
 def _norm_kernel(
     x_ptr,
     residual_ptr,
@@ -51,7 +38,13 @@ def _norm_kernel(
         residual = tl.load(residual_ptr + row * width + cols, mask=mask, other=0.0)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(residual.dtype)
         tl.store(residual_ptr + row * width + cols, x, mask=mask)
-    y = normalised(x, weight, width, eps, PLUS_ONE)
+    wide = x.to(tl.float32)
+    scale = 1.0 / tl.sqrt_rn(tl.sum(wide * wide, axis=0) / width + eps)
+    wide = wide * scale
+    if PLUS_ONE:
+        y = wide * (1.0 + weight.to(tl.float32))
+    else:
+        y = weight.to(tl.float32) * wide.to(x.dtype).to(tl.float32)
     if LARGEST > 0:
         # Round where a separate launch would round.
         codes, scale = codes_of_row(y.to(x.dtype).to(tl.float32), out_ptr, LARGEST)

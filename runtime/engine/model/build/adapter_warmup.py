@@ -6,7 +6,6 @@ import torch
 
 from runtime.engine.adapters.bank import AdapterBank
 from runtime.engine.kernels.activation import Activation
-from runtime.engine.kernels.adapter_norm import MAX_TOKENS, MAX_WIDTH, add_rms_norm_adapted
 from runtime.engine.kernels.adapters import (
     FEW_TOKENS,
     MAX_MODULES,
@@ -56,8 +55,3 @@ class AdapterWarmup:
                 add_adapters(y, x, chunks, bank.table, first_module=0, widths=widths)
                 if activation is not None and y.shape[1] % 2 == 0 and count < MAX_MODULES:
                     add_adapters_gated(y, x, chunks, bank.table, activation, first_module=0, widths=widths)
-            feeds_norm = activation is not None and out_features in {target.in_features for target in bank.targets}
-            if feeds_norm and len(x) <= MAX_TOKENS and out_features <= MAX_WIDTH:
-                y, weight = x.new_zeros(len(x), out_features), x.new_zeros(out_features)
-                residual = torch.zeros_like(y)
-                add_rms_norm_adapted(y, x, residual, weight, 1e-5, False, chunks, bank.table, module=0)

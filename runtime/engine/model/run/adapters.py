@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from runtime.engine.kernels.activation import Activation
-from runtime.engine.kernels.adapter_norm import MAX_TOKENS, MAX_WIDTH
 from runtime.engine.kernels.adapters import AdapterTable, Chunks, add_adapters, add_adapters_gated
 from runtime.engine.kernels.scratch import Scratch
 from runtime.errors import EngineFault
@@ -86,24 +85,6 @@ class StepAdapters:
         y, shrunk = self._beside(self.beside, site, x, product)
         return adapters.expand_gated(y, shrunk, self.chunks, self.table, activation, site.first_module, site.widths)
 
-    def joins_norm(self, width: int) -> bool:
-        """Whether the norm behind a layer of `width` outputs does the second half of the adapters' work, if every row has one token."""
-        return self.beside is not None and self.num_tokens <= MAX_TOKENS and width <= MAX_WIDTH
-
-    def before_norm(
-        self, site: AdapterSite, x: Tensor, product: Callable[[], Tensor], scratch: Scratch | None
-    ) -> "Unexpanded":
-        """Return the base's own `product` of `x` [T, K], and what the norm behind it adds to it. Nothing else may use the scratch before that norm."""
-        from runtime.engine.kernels.gpu import adapters
-
-        self._check(x)
-        if self.beside is not None and torch.cuda.is_current_stream_capturing():
-            y, shrunk = self._beside(self.beside, site, x, product)
-        else:
-            y = product()
-            shrunk = adapters.shrink(x, self.chunks, self.table, site.first_module, 1, scratch)
-        return Unexpanded(y, shrunk, self, site)
-
     def _beside(
         self, stream: "torch.cuda.Stream", site: AdapterSite, x: Tensor, product: Callable[[], Tensor]
     ) -> "tuple[Tensor, Shrunk]":
@@ -121,24 +102,6 @@ class StepAdapters:
     def _check(self, x: Tensor) -> None:
         if x.shape[0] != self.num_tokens:
             raise EngineFault(f"a linear layer saw {x.shape[0]} of the step's {self.num_tokens} tokens")
-
-
-@dataclass(frozen=True, slots=True)
-class Unexpanded:
-    """The output of a layer with one module, without that of the step's adapters, which are shrunk."""
-
-    y: Tensor
-    shrunk: "Shrunk"
-    adapters: StepAdapters
-    site: AdapterSite
-
-    def normed(self, residual: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
-        """Add the output, with that of the adapters, to `residual` in place. Returns the sum normalised."""
-        from runtime.engine.kernels.gpu import adapter_norm
-
-        upload, table = self.adapters.chunks.upload, self.adapters.table
-        module = self.site.first_module
-        return adapter_norm.add_rms_norm(self.y, residual, weight, eps, plus_one, self.shrunk, upload, table, module)
 
 
 class StepPort:

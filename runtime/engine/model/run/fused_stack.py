@@ -14,10 +14,10 @@ from torch.nn import functional
 from common.model_key import Quantization
 from runtime.checkpoint.adapter_layout import AdapterTarget
 from runtime.engine.kernels.activation import Activation
-from runtime.engine.kernels.norm import rms_norm
+from runtime.engine.kernels.norm import add_rms_norm, rms_norm
 from runtime.engine.kernels.quantized_rows import QuantizedRows
 from runtime.engine.memory.weight_readiness import WeightReadiness
-from runtime.engine.model.run.adapters import AdapterSite, StepAdapters, Unexpanded
+from runtime.engine.model.run.adapters import AdapterSite, StepAdapters
 from runtime.engine.model.run.attention import attend, rope_write
 from runtime.engine.model.run.fused_spec import HeadPart, LayerSpec, LinearRef, StackSpec
 from runtime.engine.model.run.layer_inputs import gated, input_codes, normed, product
@@ -89,11 +89,6 @@ class FusedStack:
         # Rounded to the dtype, as in the embedding module.
         self._embed_scale = float(torch.tensor(spec.embed_scale).to(self._dtype))
         self._head = head
-        self._may_join = (
-            all_reduce is None
-            and spec.residual_scale == 1.0
-            and all(layer.after_attention_norm is None and layer.after_mlp_norm is None for layer in spec.layers)
-        )
         linears = {**views, **_head_rows(spec, views, head)}
         self._lm_head = make_linear(spec.lm_head, linears, quantization)
         self._first_group, self._last_group = layer_groups[0], layer_groups[-1]
@@ -136,8 +131,7 @@ class FusedStack:
         turns = {key: table(positions, self._dtype) for key, table in self._tables.items()}
 
         adapters = step.adapters
-        branch: Tensor | Unexpanded | None = None
-        joins = adapters is not None and step.each_samples and self._may_join and adapters.joins_norm(residual.shape[1])
+        branch: Tensor | None = None
         are_selected = step.each_samples
         for index, layer in enumerate(self._layers):
             if arriving:
@@ -147,7 +141,7 @@ class FusedStack:
                 None if adapters is not None else input_codes(linear)
                 for linear in (layer.qkv, layer.gate_up, layer.down)
             )
-            hidden, residual = _normed(branch, residual, layer.input_norm, eps, plus_one, qkv_codes)
+            hidden, residual = normed(branch, residual, layer.input_norm, eps, plus_one, qkv_codes)
             cos, sin = turns[layer.spec.rope_key]
             q = rope_write(
                 step,
@@ -166,27 +160,19 @@ class FusedStack:
                 mixed, residual = mixed.index_select(0, logits_at), residual.index_select(0, logits_at)
                 adapters = None if adapters is None else adapters.of_samples
                 are_selected = True
-            if joins:
-                branch = _before_norm(step, layer.out, layer.sites, "out", mixed)
-            else:
-                out = _product(step, adapters, layer.out, layer.sites, "out", mixed)
-                branch = self._scaled(self._summed(out), layer.after_attention_norm)
-            hidden, residual = _normed(branch, residual, layer.mlp_norm, eps, plus_one, gate_up_codes)
+            out = _product(step, adapters, layer.out, layer.sites, "out", mixed)
+            branch = self._scaled(self._summed(out), layer.after_attention_norm)
+            hidden, residual = normed(branch, residual, layer.mlp_norm, eps, plus_one, gate_up_codes)
             inner = _gated(step, adapters, layer, hidden, spec.activation, down_codes)
-            if joins:
-                branch = _before_norm(step, layer.down, layer.sites, "down", inner)
-            else:
-                down = _product(step, adapters, layer.down, layer.sites, "down", inner)
-                branch = self._scaled(self._summed(down), layer.after_mlp_norm)
+            down = _product(step, adapters, layer.down, layer.sites, "down", inner)
+            branch = self._scaled(self._summed(down), layer.after_mlp_norm)
 
         if arriving:
             self._arrival.wait(self._last_group)
         assert branch is not None, "a stack has layers"
         if not are_selected:
-            assert isinstance(branch, Tensor), "norms are joined where every token is drawn from"
             branch, residual = branch.index_select(0, logits_at), residual.index_select(0, logits_at)
-        last, _ = _normed(branch, residual, self._norm, eps, plus_one, None)
-        assert isinstance(last, Tensor), "it is not quantised"
+        last, _ = add_rms_norm(branch, residual, self._norm, eps, plus_one)
         if step.num_hidden:
             last, step.hidden = last.tensor_split((len(last) - step.num_hidden,))
         logits = self._of_all_tokens(self._lm_head(last, step.scratch))
@@ -241,34 +227,6 @@ def _product(
     assert sites is not None, "the stack was built without adapters"
     assert isinstance(x, Tensor), "adapters take activations that are not quantised"
     return adapters.around(getattr(sites, group), x, lambda: linear(x, step.scratch), step.scratch)
-
-
-def _before_norm(
-    step: StepContext,
-    linear: Linear,
-    sites: _Sites | None,
-    group: Literal["out", "down"],
-    x: Tensor | QuantizedRows,
-) -> Unexpanded:
-    """Return the output of one group of a layer for a norm that adds that of the step's adapters."""
-    assert step.adapters is not None, "the step has no adapters"
-    assert sites is not None, "the stack was built without adapters"
-    assert isinstance(x, Tensor), "adapters take activations that are not quantised"
-    return step.adapters.before_norm(getattr(sites, group), x, lambda: linear(x, step.scratch), step.scratch)
-
-
-def _normed(
-    branch: Tensor | Unexpanded | None,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    plus_one: bool,
-    codes: torch.dtype | None,
-) -> tuple[Tensor | QuantizedRows, Tensor]:
-    """Add `branch`, if there is one, to `residual` in place, and normalise the sum. Returns (normed, residual). `codes`: as in `normed`."""
-    if isinstance(branch, Unexpanded):
-        return branch.normed(residual, weight, eps, plus_one), residual
-    return normed(branch, residual, weight, eps, plus_one, codes)
 
 
 def _gated(

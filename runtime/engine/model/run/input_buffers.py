@@ -69,11 +69,9 @@ def pack(
         before_end = np.cumsum(samples)[sample_at] - np.arange(num_samples)
     ends = starts + counts
     blocks = plan.new_blocks[:max_blocks] if len(plan.new_blocks) > max_blocks else plan.new_blocks
-    chunks = order = sampled = sampled_order = owners = _NOTHING
+    chunks = order = sampled = sampled_order = _NOTHING
     if plan.adapters:
         chunks, order = group_by_adapter(plan.adapters, firsts, chunk_tokens(num_tokens, on_gpu=on_gpu))
-        if num_tokens == num_rows:
-            owners = np.array(plan.adapters, np.int64)[order]
         if num_samples and (num_samples < num_tokens or num_tokens > num_rows):
             size = sample_chunk_tokens(num_samples, on_gpu=on_gpu)
             of_samples = [plan.adapters[row] for row in sample_at.tolist()]
@@ -103,7 +101,6 @@ def pack(
         (layout.AT_ORDER, order),
         (layout.AT_SAMPLE_CHUNKS, sampled.ravel()),
         (layout.AT_SAMPLE_ORDER, sampled_order),
-        (layout.AT_OWNERS, owners),
     ]
     words[layout.NUM_ROWS], words[layout.NUM_TOKENS] = num_rows, num_tokens
     words[layout.NUM_SAMPLES], words[layout.NUM_BLOCKS] = num_samples, len(blocks)
@@ -133,10 +130,10 @@ class InputRing:
         self.max_blocks = max_blocks
         self._max_tokens = max_tokens
         self._max_rows = max_rows
-        # Tokens come as ids and in the order of their adapters, and samples, of which there are no more than rows, in that order; so do rows of one
-        # token. There are no more chunks than rows and full chunks, and no more chunks of samples than samples.
+        # Tokens come as ids and in the order of their adapters, and samples, of which there are no more than rows, in that order. There are no more
+        # chunks than rows and full chunks, and no more chunks of samples than samples.
         num_chunks = 2 * max_rows + max_tokens // SMALL_CHUNK
-        num_words = layout.HEADER_WORDS + 9 * max_rows + 2 * max_tokens + 3 * (max_blocks + num_chunks) + 1
+        num_words = layout.HEADER_WORDS + 8 * max_rows + 2 * max_tokens + 3 * (max_blocks + num_chunks) + 1
         on_gpu = device.type == "cuda"
         self._on_gpu = on_gpu
         self.device_words = torch.zeros(num_words, dtype=torch.int32, device=device)
