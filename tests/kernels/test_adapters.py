@@ -162,6 +162,17 @@ def test_kernel_of_many_tokens_takes_large_chunks(features: int, widths: list[in
     torch.testing.assert_close(found.cpu().double(), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_large_steps_of_all_sizes_need_one_expand() -> None:
+    """A load compiles the kernels of one large step; another number of parts must not need another kernel."""
+    upload = op.zero_upload(torch.device("cpu"))
+    for columns in (64, 4096, 14336):
+        splits = {
+            gpu.tiling(op.Chunks(upload, 13, most, 64), columns, 3).splits for most in (1, 17, 90, 128, 256, 1000)
+        }
+        assert {gpu.parts_read(each) for each in splits} == {4}
+        assert columns == 64 or splits == {1, 2, 3, 4}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("widths", [[72, 72], [144]], ids=["two modules", "one module of both"])

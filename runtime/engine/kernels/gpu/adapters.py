@@ -128,7 +128,7 @@ def expand(
         shrunk.num_splits,
         num_tokens,
         SLICES=len(widths),
-        SPLITS=triton.next_power_of_2(shrunk.num_splits),
+        SPLITS=parts_read(shrunk.num_splits),
         BLOCK_T=chunks.tokens,
         BLOCK_N=block_n,
         BLOCK_R=_BLOCK_R,
@@ -173,7 +173,7 @@ def expand_gated(
         num_tokens,
         KIND=GATE_CODES[activation],
         SLICES=len(widths),
-        SPLITS=triton.next_power_of_2(shrunk.num_splits),
+        SPLITS=parts_read(shrunk.num_splits),
         BLOCK_T=chunks.tokens,
         BLOCK_N=block_n,
         BLOCK_R=_BLOCK_R,
@@ -210,6 +210,11 @@ def tiling(chunks: Chunks, in_features: int, slices: int) -> Tiling:
     steps = triton.cdiv(in_features, block_k)
     steps_each = triton.cdiv(steps, min(most, steps))
     return Tiling(block_k, triton.cdiv(steps, steps_each), steps_each, 1 if is_small else slices)
+
+
+def parts_read(num_splits: int) -> int:
+    """Return how many parts an expand is compiled to read, 4 or 8 and at least as many as there are, so that a load compiles all that steps need."""
+    return 4 if num_splits <= 4 else 8
 
 
 def outputs_of_block(chunks: Chunks) -> tuple[int, int]:
