@@ -53,8 +53,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     A worker that begins a slow file last would keep the others waiting for it.
     """
     if not config.getoption("--long"):
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
-        items[:] = [item for item in items if not item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=[item for item in items if _is_long(item)])
+        items[:] = [item for item in items if not _is_long(item)]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
     num_cases: Counter[str] = Counter()
@@ -64,6 +64,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         has_seed = isinstance(item, pytest.Function) and hasattr(item, "callspec") and "seed" in item.callspec.params
         if num_cases[function] > (_MEASURED_SEEDS if has_seed else _MEASURED_CASES):
             item.add_marker(pytest.mark.no_cover)
+
+
+def _is_long(item: pytest.Item) -> bool:
+    """Whether a case is left out without `--long`. On a GPU the cases that run there take moments."""
+    is_native = torch.cuda.is_available() and item.get_closest_marker("gpu") is not None
+    return item.get_closest_marker("long") is not None and not is_native
 
 
 def pytest_collection_finish() -> None:
