@@ -111,7 +111,8 @@ class ManagementService(rpc.ModelMeshServicer):
             _LOG.debug("what %s takes is unknown: %s", model_id, error)
             return
         if fit is not None and (text := unpacking_text(model_id, fit, _NF4)):
-            context.set_trailing_metadata((("warning", text),))
+            # Metadata is ASCII, and an id need not be.
+            context.set_trailing_metadata((("warning", text.encode("ascii", "backslashreplace").decode()),))
 
     async def _unregister(self, request: pb.UnregisterModelRequest) -> pb.UnregisterModelResponse:
         # The naming rule does not apply: an id that a ModelMesh pod has registered must be removable.

@@ -349,6 +349,14 @@ async def test_management_warns_of_gguf_files_that_are_unpacked(tmp_path: Path, 
         assert {fit.model_path for fit in pod.runtime.fits} == ({path} if "gguf" in path.lower() else set())
 
 
+async def test_management_warns_of_a_model_whose_id_is_not_ascii(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", switches=Switches(unpacking={"/q.gguf": UNPACKED})) as pod:
+        info = pb.ModelInfo(type="llm", path="/q.gguf", key="{}")
+        call = pod.management.registerModel(pb.RegisterModelRequest(modelId="mü", modelInfo=info))
+        assert (await call).status == S.NOT_LOADED
+        assert str(dict(await call.trailing_metadata() or ())["warning"]).startswith("m\\xfc: 5.0 MiB")
+
+
 async def test_management_registers_a_gguf_file_that_the_runtime_cannot_read(tmp_path: Path) -> None:
     switches = Switches(invalid={"/q.gguf": "quantize is nf4, and it is stored in int8 already"})
     async with running_pod(tmp_path / "pod", switches=switches) as pod:
