@@ -22,7 +22,7 @@ from mesh.workers.carried_calls import CarriedCalls
 from mesh.workers.link import Link
 from mesh.workers.messages import Ask, Confirmed, Leave, Listening, Lose, Start, Table, ToWorker
 
-_CONTROL = "the process that decides"  # in errors, in place of a pod's id
+_CONTROL = "the control process"  # in errors, in place of a pod's id
 
 
 class Worker:
@@ -78,27 +78,29 @@ class Worker:
         )
 
     async def run(self) -> None:
-        """Serve until control has the worker leave, or has gone. Raises OSError if a port cannot be listened on."""
+        """Serve until control has the worker leave, or has gone. Raises OSError if a port cannot be listened on.
+
+        A worker that cannot follow its keys, its certificate or its table any more ends with the error, and another one takes its place.
+        """
         await self._grpc.start()
         await self._http.start()
         self._link.send(Listening())
-        tasks = [asyncio.create_task(self._keys.run()), asyncio.create_task(self._silence.run())]
-        if self._tls is not None:
-            tasks.append(asyncio.create_task(self._tls.run()))
         leaving = asyncio.Event()
-        following = asyncio.create_task(self._follow(leaving))
-        left = asyncio.create_task(leaving.wait())
         try:
-            await asyncio.wait((following, left), return_when=asyncio.FIRST_COMPLETED)
-            if leaving.is_set():
-                # Control still takes calls, and asks for those that have not ended.
-                await asyncio.gather(self._grpc.stop(self._grace_s), self._http.stop())
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(self._keys.run()), tasks.create_task(self._silence.run())]
+                if self._tls is not None:
+                    running.append(tasks.create_task(self._tls.run()))
+                following, left = tasks.create_task(self._follow(leaving)), tasks.create_task(leaving.wait())
+                await asyncio.wait((following, left), return_when=asyncio.FIRST_COMPLETED)
+                if leaving.is_set():
+                    # Control still takes calls, and asks for those that have not ended.
+                    await asyncio.gather(self._grpc.stop(self._grace_s), self._http.stop())
+                for task in (following, left, *running):
+                    task.cancel()
         finally:
             # Without control, nothing keeps the table up to date: calls that have not ended are cut off.
             await self._grpc.stop(0.0)
-            for task in (following, left, *tasks):
-                task.cancel()
-            await asyncio.wait((following, left, *tasks))
             await self._connections.close()
             self._link.close()
 

@@ -44,7 +44,7 @@ def check_workers(config: MeshConfig) -> None:
     share, largest = request_memory_bytes(config), max(config.grpc_max_message_bytes, config.http_max_body_bytes)
     if share < largest:
         raise InvalidRequest(
-            f"request_memory_bytes {config.request_memory_bytes}: {config.workers} workers and the process that decides have {share} bytes "
+            f"request_memory_bytes {config.request_memory_bytes}: {config.workers} workers and the control process have {share} bytes "
             f"each, and one request may have {largest}; set at least {largest * (config.workers + 1)}, or fewer workers"
         )
 
@@ -151,24 +151,37 @@ class PodWorkers:
         return Start(self._config, self._own_id, listen, control)
 
     async def _supervise(self) -> None:
-        """Keep one worker running until the pod leaves. A worker that ends alone takes its calls with it."""
+        """Keep one worker running until the pod leaves. The calls of a worker that ends before that are lost."""
         num_failures = 0
         while not self._leaving.is_set():
             started_s = time.monotonic()
-            worker = await self._start_worker()
-            has_listened = await self._control.serve(worker.link, self._start_message(), worker.kill)
-            status = await _ended(worker)
+            try:
+                ended = await self._serve_one(is_last_try=num_failures + 1 >= _MOST_FAILED_STARTS)
+            except OSError as error:
+                if not self._is_open:
+                    raise
+                ended = f"a worker cannot be started: {error}"
             if self._leaving.is_set():
                 return
             num_failures = 1 if time.monotonic() - started_s > _STABLE_AFTER_S else num_failures + 1
-            is_lasting = status == CANNOT_START or num_failures >= _MOST_FAILED_STARTS
-            if not has_listened and not self._is_open and is_lasting:
-                raise OSError(f"a worker ended with status {status} before it listened")
             pause_s = _BACKOFF_S[min(num_failures, len(_BACKOFF_S)) - 1]
-            logger.warning("a worker ended with status %d; starting another one in %g s", status, pause_s)
+            logger.warning("%s; starting another one in %g s", ended, pause_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await self._leaving.wait()
+
+    async def _serve_one(self, *, is_last_try: bool) -> str:
+        """Serve one worker until it has ended, and return how it ended. Raises OSError if it cannot start.
+
+        While the pod starts, a worker that ends before it listens may be tried again, unless its status or `is_last_try` rules it out.
+        """
+        worker = await self._start_worker()
+        has_listened = await self._control.serve(worker.link, self._start_message(), worker.kill)
+        status = await _ended(worker)
+        is_starting = not self._is_open and not self._leaving.is_set()
+        if not has_listened and is_starting and (status == CANNOT_START or is_last_try):
+            raise OSError(f"a worker ended with status {status} before it listened")
+        return f"a worker ended with status {status}"
 
 
 async def _ended(worker: RunningWorker) -> int:

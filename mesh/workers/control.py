@@ -45,7 +45,7 @@ class _Session:
 class WorkerControl:
     """Implements ControlStream and EnvoyStats of mesh.envoy.interfaces for workers, which carry the calls of this pod's own copies.
 
-    A worker that does not answer is killed: its table may be out of date, and nobody knows which calls it has. `answer_s`: the longest wait for an answer.
+    A worker that does not answer is killed: its table may be out of date, and its calls are unknown. `answer_s`: the longest wait for an answer.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class WorkerControl:
         self._carried: dict[str, CarriedCopy] = {}
         self._settings = (False, False)
         self._generation = 1
+        self._is_leaving = False
         self._numbers = itertools.count(1)
         self._begun: Counter[str] = Counter()
         self._keys: Counter[KeyCalls] = Counter()
@@ -88,6 +89,8 @@ class WorkerControl:
             case Listening():
                 session.is_listening = True
                 session.link.send(self._table(self._carried, ()))
+                if self._is_leaving:
+                    session.link.send(Leave())
             case Confirmed(generation):
                 session.confirmed = generation
             case Figures(number, copies, keys):
@@ -154,7 +157,8 @@ class WorkerControl:
         self._send(Lose(committed))
 
     def leave(self) -> None:
-        """Have all workers end with their last calls."""
+        """Have all workers end with their last calls, those that begin to listen later included."""
+        self._is_leaving = True
         self._send(Leave())
 
     def kill(self) -> None:

@@ -1,4 +1,4 @@
-"""Defines what a pod's control process and its workers send each other, over one socket for each worker."""
+"""Defines the messages between a pod's control process and its workers, over one socket for each worker."""
 
 import msgspec
 
@@ -50,7 +50,7 @@ class Lose(msgspec.Struct, frozen=True, tag=True):
 
 
 class Leave(msgspec.Struct, frozen=True, tag=True):
-    """Tells the worker to take no further connections, and to end with its last call or after the grace period."""
+    """The worker takes no further connections, and ends with its last call or after the grace period."""
 
 
 class Listening(msgspec.Struct, frozen=True, tag=True):

@@ -1,4 +1,4 @@
-"""What the pod tells its workers, and what it makes of their figures, over a real link."""
+"""What the pod sends to its workers, and what it makes of their figures, over a real link."""
 
 import asyncio
 import socket
@@ -38,7 +38,7 @@ def local(name: str) -> CarriedName:
 
 
 class FakeWorker:
-    """The other end of a link, which answers as it is told to."""
+    """The other end of a link, which answers when a test has it answer."""
 
     def __init__(self, link: Link[ToWorker]) -> None:
         self.link = link
@@ -128,6 +128,14 @@ async def test_worker_that_begins_to_listen_gets_all_names_first() -> None:
         control.publish(clusters(local("n")), ())
         await worker.listen()
         assert worker.names == {"grpc/m", "grpc/n"}
+
+
+async def test_worker_that_begins_to_listen_while_the_pod_leaves_leaves_too() -> None:
+    control = controller()
+    async with connected(control, listens=False) as worker:
+        control.leave()
+        await worker.listen()
+        assert await worker.next() == Leave()
 
 
 async def test_silent_worker_is_killed() -> None:

@@ -14,13 +14,14 @@ from mesh.access.api_keys import digest_of
 from mesh.config.schema import MeshConfig
 from mesh.errors import InvalidRequest
 from mesh.pod.pod import Pod
+from mesh.pod.worker_process import RunningWorker
 from tests.support.envoy import bearer, num_through_mesh, until_carried
 from tests.support.etcd import EtcdServer
 from tests.support.fake_runtime import Switches
 from tests.support.pods import RunningPod
 from tests.support.tls import Authority
 from tests.support.waiting import until, until_async
-from tests.support.workers import running_worker_pod
+from tests.support.workers import running_worker_pod, start_worker_here
 from wire.fmaas import generation_pb2 as fmaas
 
 FOR_M = (("mm-model-id", "m"),)
@@ -202,6 +203,23 @@ async def test_leaving_pod_lets_carried_calls_end(pod: RunningPod) -> None:
     await call.done_writing()
     assert await call.read() is grpc.aio.EOF
     await stopping
+
+
+async def test_worker_that_cannot_be_started_is_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    started: list[RunningWorker] = []
+    refusals = [OSError("too many open files")]
+
+    async def start() -> RunningWorker:
+        if started and refusals:
+            raise refusals.pop()
+        started.append(await start_worker_here())
+        return started[-1]
+
+    async with running_worker_pod(tmp_path / "pod", workers=1, start_worker=start) as pod:
+        started[0].kill()
+        await until(lambda: len(started) == 2)
+        await until(lambda: pod.pod.is_front_connected)
+        assert "a worker cannot be started: too many open files" in caplog.text
 
 
 async def test_workers_serve_tls(tmp_path: Path) -> None:
