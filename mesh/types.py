@@ -82,7 +82,7 @@ class Loader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a request goes: a local runtime, a peer pod one hop away, or the pod's process that decides, for a worker (`is_control`)."""
+    """Where a request goes: a local runtime, a peer pod one hop away, or, for a worker, the pod's control process (`is_control`)."""
 
     instance_id: str
     local: bool
