@@ -30,7 +30,7 @@ class EngineShare:
         free, cached: held slabs that nothing uses, and those with cached prefixes and idle adapters only.
         spare: free slabs below which it would want more.
         needed: slabs that a request lacks, for which idle models may leave. `wanted`: those that it would use, the needed ones included.
-        since_s: when the oldest request came that lacks slabs.
+        since_s: when the oldest request came that lacks slabs; inf = only rows that run lack any, for which no busy model is drained.
         swap_s: how long its slabs take to fill.
         given_s: when it last got slabs.
         is_ready: it has completed its last command, and can take another.

@@ -159,7 +159,7 @@ class DeviceShareFigures(msgspec.Struct, frozen=True):
         spare_slabs: free slabs below which it wants more while it is busy.
         needed_slabs: those that a request lacks, for which idle models may be evicted.
         wanted_slabs: those that it would use, the needed ones included.
-        since_s: when the oldest request came that lacks slabs, on the machine's monotonic clock.
+        since_s: when the oldest request came that lacks slabs, on the machine's monotonic clock; inf = only rows that run lack any.
         last_resize: the number of the last Resize that is complete; 0 before the first.
     """
 

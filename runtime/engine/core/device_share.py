@@ -4,6 +4,7 @@ The runtime's front moves slabs between the engines of a device by Resize comman
 its devices to itself holds its whole budget, lacks nothing and is never resized.
 """
 
+import math
 from dataclasses import dataclass
 
 from runtime.engine.memory.slab_pool import SlabPool
@@ -14,7 +15,8 @@ _SPARE_PARTS = 16  # an engine asks for one part in so many beyond its need, for
 
 @dataclass(frozen=True, slots=True)
 class Lack:
-    """`needed`: slabs without which a request cannot run, for which idle models may be evicted. `since_s`: when the oldest such request came.
+    """`needed`: slabs without which a request cannot run, for which idle models may be evicted. `since_s`: when the oldest such request came; inf = all
+    run already.
 
     `wanted`: slabs that would be used, those that are needed included.
     """
@@ -58,8 +60,11 @@ class DeviceShare:
     def begin_turn(self) -> None:
         self._noted = Lack()
 
-    def need(self, slabs: int, since_s: float) -> None:
-        """Note that a request which came at `since_s` lacks slabs beyond the free and reclaimable ones."""
+    def need(self, slabs: int, since_s: float = math.inf) -> None:
+        """Note that a request lacks slabs beyond the free and reclaimable ones.
+
+        `since_s`: when it came, or inf if rows that run need them. Busy models of other engines are not drained for such rows.
+        """
         noted = self._noted
         oldest_s = min(noted.since_s, since_s) if noted.needed else since_s
         wanted = max(noted.wanted, slabs + self.spare_slabs)

@@ -204,7 +204,7 @@ class ResidencyManager:
             pass
         self._evict_for(model, blocks, [m.holder() for m in others if m.resident], now)
         if cache.obtainable() < blocks and self._share.can_grow:
-            self._share.need(blocks_for(blocks - cache.obtainable(), cache.blocks.geometry.blocks_per_slab), now)
+            self._share.need(blocks_for(blocks - cache.obtainable(), cache.blocks.geometry.blocks_per_slab))
         while cache.obtainable() < blocks and self._preempt_above_share(model, others, now):
             pass
         # A model's only row would be preempted for a block that a later request of another model has.

@@ -3,6 +3,7 @@
 Only what nothing uses is given back: free slabs, cached prefixes, idle adapters and idle models. Busy models are drained where the front says so.
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 from runtime.engine.core.adapter_manager import AdapterManager
@@ -56,7 +57,7 @@ class SlabExchange:
         if self._wishes:
             self._load_wished(now)
         if self._share.can_grow:
-            self._note_lack(now)
+            self._note_lack()
 
     def load_if_free(self, model: LoadedModel, now: float) -> None:
         """Swap in a model that was just loaded if no other model has to be evicted for it, here or in another engine."""
@@ -110,14 +111,14 @@ class SlabExchange:
             else:
                 self._share.want(model.memory.weight_slabs + 1 - self._pool.free)
 
-    def _note_lack(self, now: float) -> None:
+    def _note_lack(self) -> None:
         for model in self._models.values():
             if model.resident and model.has_work():
                 if self._pool.free < self._share.spare_slabs:
                     self._share.want(self._share.spare_slabs)
-                self._note_lack_of_head(model, now)
+                self._note_lack_of_head(model)
 
-    def _note_lack_of_head(self, model: LoadedModel, now: float) -> None:
+    def _note_lack_of_head(self, model: LoadedModel) -> None:
         """Note the KV that the first waiting request of a resident model lacks."""
         head = model.scheduler.waiting.head()
         if head is None or model.draining:
@@ -126,8 +127,7 @@ class SlabExchange:
         wanted = blocks_for(head.tokens_to_begin, blocks.geometry.block_tokens) - len(head.block_ids)
         short = wanted - (self._resident.kv_room(model).now - blocks.used_blocks)
         if short > 0:
-            # Busy models of other engines are drained only for a model that runs nothing.
-            since_s = now if model.scheduler.running else head.arrived_s
+            since_s = math.inf if model.scheduler.running else head.arrived_s
             self._share.need(blocks_for(short, blocks.geometry.blocks_per_slab), since_s)
 
 

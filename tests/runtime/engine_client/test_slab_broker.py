@@ -1,5 +1,6 @@
 """Which engine gets slabs of a shared device, and what leaves for it."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 from hypothesis import settings
@@ -61,6 +62,8 @@ def test_plan_resizes_drains_busy_models_after_the_patience() -> None:
     assert planned(one, two, pair, now_s=11.6) == expected
     # An engine that has just got its slabs keeps them for as long.
     assert planned(replace(one, given_s=10.5), two, pair, now_s=11.6) == []
+    # Rows that run already do not end the stays of others.
+    assert planned(one, two, replace(pair, since_s=math.inf), now_s=1e6) == []
 
 
 def test_plan_resizes_serves_the_longest_wait_first_and_keeps_room_for_it() -> None:

@@ -1,12 +1,13 @@
 """An engine that shares its device: it asks for slabs, uses those that it gets, and gives back what nothing uses."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
 
 from common.model_state import Tier
 from runtime.engine.interfaces import KvGeometry
-from runtime.ipc.messages import DeviceShareFigures
+from runtime.ipc.messages import DeviceShareFigures, EngineStats
 from runtime.types import FinishReason
 from tests.support.engine_stage import Answer, Stage
 from tests.support.fake_backend import FakeBackend, FakeSpec
@@ -165,6 +166,21 @@ def test_running_rows_want_more_slabs_before_they_lack_them(made: Stage) -> None
         made.turn()
         wanted = max(wanted, share(made).wanted_slabs)
     assert wanted > 0
+    made.resize(2, 32)
+    made.until_quiet()
+    made.check_all()
+
+
+def test_lack_of_running_rows_is_reported_when_it_changes_and_not_at_every_step(made: Stage) -> None:
+    made.resize(1, 7)
+    made.add("a", [5, 6], 40)
+    made.turn(10)
+    made.add("a", list(range(2, 46)), 3)
+    made.events.clear()
+    made.turn(25)
+    lacks = [event.share for event in made.events if isinstance(event, EngineStats) and event.share is not None]
+    assert {one.since_s for one in lacks if one.needed_slabs} == {math.inf}
+    assert len(lacks) < 5
     made.resize(2, 32)
     made.until_quiet()
     made.check_all()
