@@ -176,16 +176,10 @@ class Runner(Protocol):
         """Queue the forward pass of a plan with masked rows. No other step of any model may be launched before `launch_draws`."""
 
     def mask_lines(self, count: int) -> TokenMasks:
-        """Return `count` lines for the masks of the next draws, from which they reach the device soonest. Their content is undefined.
-
-        The lines are the same at each call: all earlier draws of the model must have been collected.
-        """
+        """Return `count` lines of any content for the next draws' masks. They are the same at each call: earlier draws must have been collected."""
 
     def launch_draws(self, masks: TokenMasks) -> Launched:
-        """Queue the draws of the forward pass that was launched last.
-
-        `masks` [len(plan.masked), words] has one line per masked row, and may be changed. It may be memory of its own or that of `mask_lines`.
-        """
+        """Queue the draws of the last forward pass. `masks` [len(plan.masked), words], such as `mask_lines`, has a line per masked row. It may be changed."""
 
     def close(self) -> None:
         """Release the graphs. Called before the memory is closed; no step may be in flight."""
