@@ -34,6 +34,7 @@ class EngineShare:
         swap_s: how long its slabs take to fill.
         given_s: when it last got slabs.
         is_ready: it has completed its last command, and can take another.
+        can_get: False for a while after the driver had less than expected. Meanwhile only its own idle models make room for its requests.
         is_home: it holds what no engine of its devices uses.
     """
 
@@ -50,6 +51,7 @@ class EngineShare:
     given_s: float = float("-inf")
     idle_models: tuple[IdleModel, ...] = ()
     is_ready: bool = True
+    can_get: bool = True
     is_home: bool = False
 
 
@@ -74,7 +76,8 @@ def plan_resizes(capacity: Mapping[str, int], engines: Sequence[EngineShare], no
     for number in sorted(lacking, key=lambda one: (engines[one].since_s, one)):
         if plan.blocked.isdisjoint(engines[number].devices):
             plan.serve(number)
-        plan.blocked |= set(engines[number].devices)
+        if engines[number].can_get:
+            plan.blocked |= set(engines[number].devices)
     for number, engine in enumerate(engines):
         if engine.wanted > engine.needed and plan.blocked.isdisjoint(engine.devices):
             plan.serve_wish(number)
@@ -107,6 +110,9 @@ class _Plan:
         engine = self.engines[number]
         if not engine.is_ready:
             return
+        if not engine.can_get:
+            self._send(_Room(self.engines, number, (), dict.fromkeys(engine.devices, engine.needed)).make())
+            return
         unallocated = {device: self._unallocated(device) for device in engine.devices}
         if min(unallocated.values()) >= engine.needed:
             self._give(number, min(max(engine.needed, engine.wanted), *unallocated.values()))
@@ -123,7 +129,7 @@ class _Plan:
     def serve_wish(self, number: int) -> None:
         """Give an engine slabs that are unallocated, or have others give back free slabs that they hold beyond their own wishes."""
         engine = self.engines[number]
-        if not engine.is_ready:
+        if not engine.is_ready or not engine.can_get:
             return
         unallocated = min(map(self._unallocated, engine.devices))
         if unallocated > 0:
@@ -147,7 +153,11 @@ class _Plan:
         """Give a device's own engine what is unallocated there, if no other engine of the device uses or lacks anything."""
         engine = self.engines[number]
         others = [self.engines[other] for other in self._sharers(number)]
-        if engine.is_ready and all(not (other.held or other.needed or other.wanted) for other in others):
+        if (
+            engine.is_ready
+            and engine.can_get
+            and all(not (other.held or other.needed or other.wanted) for other in others)
+        ):
             unallocated = min(map(self._unallocated, engine.devices))
             if unallocated > 0:
                 self._give(number, unallocated)

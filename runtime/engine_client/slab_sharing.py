@@ -50,6 +50,8 @@ class _Member:
         asked_s: since when the process is to be started; None = not at all, or it was allowed to.
         is_admitted: there is room for the process.
         pending: the last command, until it is complete.
+        retry_s: until when it takes no command.
+        get_s: until when it gets no slabs.
         num_short: commands in a row after which the driver had less than expected.
     """
 
@@ -63,6 +65,7 @@ class _Member:
     sent: int = 0
     restarts: int = 0
     retry_s: float = 0.0
+    get_s: float = 0.0
     num_short: int = 0
     given_s: float = float("-inf")
 
@@ -144,7 +147,7 @@ class SlabSharing:
         shares = [self._share_of(member, slab_bytes, now_s) for member in self._members]
         for order in plan_resizes(capacity, shares, now_s):
             self._send(self._members[order.engine], order, shares[order.engine], now_s)
-        return any(share.needed or share.wanted or not share.is_ready for share in shares)
+        return any(share.needed or share.wanted or not share.is_ready or not share.can_get for share in shares)
 
     def _send(self, member: _Member, order: ResizeOrder, share: EngineShare, now_s: float) -> None:
         if not member.is_admitted:
@@ -187,15 +190,16 @@ class SlabSharing:
             given_s=member.given_s,
             idle_models=idle,
             is_ready=member.pending is None and now_s >= member.retry_s,
+            can_get=now_s >= member.get_s,
             is_home=member.is_home,
         )
 
     def _settle(self, member: _Member, share: DeviceShareFigures, now_s: float) -> None:
-        """Note that the last command is complete, and wait before the next one if it fell short."""
+        """Note that the last command is complete, and wait before the next one, or before the next slabs, if it fell short."""
         if member.pending is None or share.last_resize != member.pending.number:
             return
         if share.committed_slabs < member.pending.num_slabs:
-            member.retry_s = now_s + _RETRY_GROWTH_S * 2 ** min(member.num_short, _MOST_DOUBLINGS)
+            member.get_s = now_s + _RETRY_GROWTH_S * 2 ** min(member.num_short, _MOST_DOUBLINGS)
             member.num_short += 1
         else:
             member.num_short = 0

@@ -100,6 +100,20 @@ def test_plan_resizes_waits_for_engines_that_have_not_answered() -> None:
     assert planned(one, EngineShare(TWO, held=20, free=20), replace(pair, is_ready=False)) == []
 
 
+def test_plan_resizes_evicts_only_own_models_for_an_engine_whose_driver_has_too_little() -> None:
+    own = IdleModel("own", 4, 9.0)
+    short = EngineShare(ONE, held=10, needed=3, since_s=1.0, can_get=False, is_home=True, idle_models=(own,))
+    other = EngineShare(BOTH, held=4, idle_models=(IdleModel("other", 4, 1.0),))
+    assert planned(short, other, now_s=100.0) == [ResizeOrder(0, 10, ("own",))]
+    assert planned(replace(short, needed=5), other, now_s=100.0) == []
+    assert (
+        planned(replace(short, needed=0, wanted=3), other) == planned(replace(short, needed=0), EngineShare(BOTH)) == []
+    )
+    # It keeps no other engine waiting.
+    later = replace(other, needed=2, since_s=2.0)
+    assert planned(replace(short, needed=5), later, now_s=100.0) == [ResizeOrder(1, 6)]
+
+
 @dataclass
 class FakeEngine:
     """Holds models as a real engine does: it refuses to evict busy ones, and answers late."""

@@ -128,3 +128,17 @@ async def test_divided_model_runs_beside_single_ones_that_are_always_busy() -> N
     assert asked.last is not None
     devices.until_quiet()
     devices.check()
+
+
+async def test_engine_evicts_its_own_idle_models_where_the_driver_has_less_than_expected() -> None:
+    """The engine does not hold all of the device, but no other engine has the rest."""
+    devices = Devices(random.Random(0))
+    for engine in devices.engines.values():
+        engine.stage.backend.obtainable_slabs = 14  # of 24, for two models of 9 slabs in turns
+    devices.turn(20)
+    for letter in "abab":
+        devices.ask("one", letter, [5, 6])
+        answer = next(reversed(devices.engines["one"].stage.answers.values()))
+        devices.turn(100)
+        assert answer.finish is FinishReason.LENGTH
+    devices.check()
