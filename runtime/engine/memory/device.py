@@ -42,7 +42,10 @@ class DeviceMemory(Protocol):
         """Take memory for slabs from the driver. Raises if there is not enough, and takes none then."""
 
     def decommit(self, slabs: Sequence[int]) -> None:
-        """Give the memory of slabs back to the driver, after launched work that uses it. Slabs without memory are passed over. Raises ValueError if one is mapped."""
+        """Give the memory of slabs back to the driver, after launched work that uses it. Slabs without memory are passed over.
+
+        Raises ValueError if a slab is mapped.
+        """
 
     def tidy(self) -> bool:
         """Do one piece of the work that `unmap` postponed. Returns False if there is none."""

@@ -1,7 +1,8 @@
 """Chooses the models to evict, and the busy models to drain.
 
 The model goes first whose return is expected to cost least per slab that it frees: its decayed uses (recency and frequency in one number) times the
-seconds of its return, which are more from disk than from the host tier. A model with running rows is never evicted, only drained: it admits no requests until its rows have ended.
+seconds of its return, which are more from disk than from the host tier. A model with running rows is never evicted,
+only drained: it admits no requests until its rows have ended.
 """
 
 from collections.abc import Sequence
