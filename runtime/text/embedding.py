@@ -27,6 +27,7 @@ class _Module(msgspec.Struct, frozen=True):
 class _Pooling(msgspec.Struct, frozen=True):
     """1_Pooling/config.json: a flag for each mode, or the names of the modes in newer files."""
 
+    word_embedding_dimension: int | None = None
     pooling_mode: str | list[str] | None = None
     pooling_mode_lasttoken: bool = False
     pooling_mode_mean_tokens: bool = False
@@ -99,7 +100,9 @@ def read_embedding(model_dir: Path) -> Embedding | None:
         raise LoadFailed(
             f"config_sentence_transformers.json has no prompt {asked.default_prompt_name!r}, which is its default_prompt_name"
         )
+    pooling = tuple(mode for mode in Pooling if mode in found.modes)
     layers: list[Layer] = [normalize] if modules is None else []
+    size = None if found.word_embedding_dimension is None else found.word_embedding_dimension * len(pooling)
     for module in (modules or [])[2:]:
         if module.kind == "Normalize":
             layers.append(normalize)
@@ -112,8 +115,12 @@ def read_embedding(model_dir: Path) -> Embedding | None:
             raise LoadFailed(f"{folder / 'config.json'} is missing, and modules.json names it")
         if dense.unsupported:
             return Embedding(unsupported=dense.unsupported)
+        if size not in (None, dense.in_features):
+            raise LoadFailed(
+                f"{folder / 'config.json'} states in_features {dense.in_features}, and the vectors before it have {size} values"
+            )
+        size = dense.out_features
         layers.append(read_dense(folder, dense))
-    pooling = tuple(mode for mode in Pooling if mode in found.modes)
     return Embedding(pooling, tuple(layers), prompts, asked.default_prompt_name)
 
 

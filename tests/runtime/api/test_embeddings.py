@@ -249,3 +249,13 @@ def test_read_embedding_names_a_dense_module_that_it_cannot_follow(tmp_path: Pat
     (path / "2_Dense" / "model.safetensors").unlink()
     with pytest.raises(LoadFailed, match="not pickled"):
         read_embedding(path)
+
+
+@pytest.mark.parametrize("order", [["Dense"], ["Dense", "Dense"]])
+def test_read_embedding_refuses_a_dense_module_for_vectors_of_another_size(tmp_path: Path, order: list[str]) -> None:
+    path, _ = dense_model(tmp_path / "m", "torch.nn.modules.activation.Tanh", bias=True, order=order)
+    if len(order) == 1:
+        two_modes = {**LAST, "pooling_mode_mean_tokens": True, "word_embedding_dimension": 4}
+        (path / "1_Pooling" / "config.json").write_text(json.dumps(two_modes))
+    with pytest.raises(LoadFailed, match=r"in_features 4, and the vectors before it have [38] values"):
+        read_embedding(path)
