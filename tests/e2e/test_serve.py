@@ -46,50 +46,55 @@ def engine_process(served: stack.Stack) -> psutil.Process:
     raise AssertionError("no engine process")
 
 
-def test_answers_by_name_are_transformers_own(served: stack.Stack, models: dict[str, Path]) -> None:
+@pytest.fixture(scope="module")
+def named(served: stack.Stack, models: dict[str, Path]) -> stack.Stack:
     for name, folder in models.items():
         served.admin.register({"name": name, "uri": str(folder)})
+    return served
+
+
+def test_answers_by_name_are_transformers_own(named: stack.Stack, models: dict[str, Path]) -> None:
     for name, folder in models.items():
-        assert stream_text(served, name, PROMPT, 24) == greedy(folder, PROMPT, 24)
+        assert stream_text(named, name, PROMPT, 24) == greedy(folder, PROMPT, 24)
 
 
-def test_grpc_gives_the_same_text(served: stack.Stack, models: dict[str, Path]) -> None:
+def test_grpc_gives_the_same_text(named: stack.Stack) -> None:
     request = fmaas.BatchedGenerationRequest(
         requests=[fmaas.GenerationRequest(text=PROMPT)],
         params=fmaas.Parameters(stopping=fmaas.StoppingCriteria(max_new_tokens=24)),
     )
-    with grpc.insecure_channel(served.grpc) as channel:
+    with grpc.insecure_channel(named.grpc) as channel:
         answer = tgis_client.generate(channel, request, (("mm-model-id", "ada"),))
-        assert answer.responses[0].text == stream_text(served, "ada", PROMPT, 24)
+        assert answer.responses[0].text == stream_text(named, "ada", PROMPT, 24)
         assert answer.responses[0].generated_token_count == 24
 
 
-def test_unknown_name_is_answered_with_the_served_ones(served: stack.Stack, models: dict[str, Path]) -> None:
+def test_unknown_name_is_answered_with_the_served_ones(named: stack.Stack) -> None:
     with pytest.raises(openai.NotFoundError, match="ada"):
-        stream_text(served, "nobody", PROMPT, 4)
+        stream_text(named, "nobody", PROMPT, 4)
 
 
-def test_engine_killed_mid_stream_loses_that_stream_only(served: stack.Stack, models: dict[str, Path]) -> None:
-    before = stream_text(served, "ada", PROMPT, 16)
-    stream = client_of(served).completions.create(
+def test_engine_killed_mid_stream_loses_that_stream_only(named: stack.Stack) -> None:
+    before = stream_text(named, "ada", PROMPT, 16)
+    stream = client_of(named).completions.create(
         model="ada", prompt=PROMPT, max_tokens=450, temperature=0, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
-    engine_process(served).send_signal(signal.SIGKILL)
+    engine_process(named).send_signal(signal.SIGKILL)
     with pytest.raises((openai.APIError, openai.APIConnectionError)):
         for _ in stream:
             pass
-    assert stream_text(served, "ada", PROMPT, 16) == before
+    assert stream_text(named, "ada", PROMPT, 16) == before
 
 
-def test_client_that_leaves_frees_its_row(served: stack.Stack, models: dict[str, Path]) -> None:
-    stream = client_of(served).completions.create(
+def test_client_that_leaves_frees_its_row(named: stack.Stack) -> None:
+    stream = client_of(named).completions.create(
         model="bob", prompt=PROMPT, max_tokens=450, temperature=0, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
     stream.close()
     deadline = time.monotonic() + 20
-    while served.admin.model("bob").running:
+    while named.admin.model("bob").running:
         assert time.monotonic() < deadline, "the row still runs"
         time.sleep(0.1)
 
