@@ -38,7 +38,7 @@ class Guard:
         set_caller(ANYBODY)
         if not self._keys.is_required or needed == OPEN:
             return None
-        key = next((key for secret in secrets if (key := self._keys.find(secret)) is not None), None)
+        key = self._keys.find_first(secrets)
         if key is None:
             raise Unauthenticated(
                 "a valid API key is needed: send `Authorization: Bearer KEY`, or `x-api-key: KEY` over HTTP"

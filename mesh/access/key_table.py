@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from common.errors import ConfigError
 from common.watched_files import WatchedFiles
@@ -32,6 +32,10 @@ class KeyTable:
     def find(self, secret: str) -> ApiKey | None:
         """Return the key of a secret. The lookup is by hash, so its duration says nothing about the secrets."""
         return self._by_digest.get(digest_of(secret)) if secret else None
+
+    def find_first(self, secrets: Iterable[str]) -> ApiKey | None:
+        """Return the key of the first known secret. Callers may send several over HTTP."""
+        return next((key for secret in secrets if (key := self.find(secret)) is not None), None)
 
     def named(self, name: str) -> ApiKey | None:
         return next((key for key in self._by_digest.values() if key.name == name), None)

@@ -11,13 +11,14 @@ from common.http_path import is_ambiguous
 from common.log_headers import CALLER_HEADER
 from common.web_policy import WebPolicy
 from mesh.access.caller import PEER, set_caller
-from mesh.access.guard import Guard, bearer_secret
+from mesh.access.guard import Guard
 from mesh.access.peer_keys import PEER_KEY_HEADER
 from mesh.access.scopes import http_scopes
 from mesh.access.tls import TlsIdentity
 from mesh.api.connection_limits import ConnectionLimits
 from mesh.api.http_errors import errors_as_json, response_of
 from mesh.api.http_listeners import HttpListeners
+from mesh.api.http_secrets import http_secrets
 from mesh.api.request_log import request_log
 from mesh.api.web_guard import WebGuard
 from mesh.errors import InvalidRequest, NotSupported, Unauthenticated
@@ -113,8 +114,6 @@ def guarded(guard: Guard, is_peer: Callable[[web.Request], bool], *, behind_envo
     """Return a middleware that admits or refuses each request before any of its body is read.
 
     `is_peer`: whether a request is another pod's. `behind_envoy`: only Envoy connects, which recognises some callers itself.
-
-    Clients send their key as a bearer key, or in `x-api-key` as Anthropic's do.
     """
 
     @web.middleware
@@ -123,7 +122,7 @@ def guarded(guard: Guard, is_peer: Callable[[web.Request], bool], *, behind_envo
             set_caller(PEER)
             return await handler(request)
         resource = request.match_info.route.resource
-        secrets = (bearer_secret(request.headers.get("Authorization", "")), request.headers.get("x-api-key", ""))
+        secrets = http_secrets(request)
         recognised = request.headers.get(CALLER_HEADER) if behind_envoy else None
         try:
             if recognised is not None:

@@ -6,7 +6,6 @@ from aiohttp import web
 
 from common.web_policy import WebPolicy
 from mesh.access.caller import current_caller
-from mesh.access.guard import bearer_secret
 from mesh.access.key_table import KeyTable
 from mesh.access.tls import TlsIdentity
 from mesh.api.adapter_choice import AdapterFields
@@ -16,6 +15,7 @@ from mesh.api.http_errors import errors_as_json
 from mesh.api.http_forwarder import Headers, HttpForwarder, HttpRequest
 from mesh.api.http_listeners import HttpListeners
 from mesh.api.http_relay import relay
+from mesh.api.http_secrets import http_secrets
 from mesh.api.request_log import Record, request_log
 from mesh.api.request_memory import RequestMemory
 from mesh.api.routes.openai_routes import MODEL_IN_BODY_PATHS
@@ -119,7 +119,7 @@ class WorkerHttp:
         ):
             return False
         if self._keys.is_required:
-            return any(self._keys.find(secret) is not None for secret in _secrets(request))
+            return self._keys.find_first(http_secrets(request)) is not None
         return self._web_policy is None or not self._web_policy.refusal(request.method, request.headers)
 
     def _carried_name(self, request: web.Request, body: bytes) -> str:
@@ -133,11 +133,7 @@ class WorkerHttp:
         name = asked.model
         if not name or not self._calls.carries(Carrier.HTTP, name):
             return ""
-        return name if admit_carried(self._keys, _secrets(request), name) else ""
-
-
-def _secrets(request: web.Request) -> tuple[str, str]:
-    return bearer_secret(request.headers.get("Authorization", "")), request.headers.get("x-api-key", "")
+        return name if admit_carried(self._keys, http_secrets(request), name) else ""
 
 
 def _headers(request: web.Request, request_id: str) -> Headers:

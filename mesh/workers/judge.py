@@ -19,7 +19,7 @@ def admit_carried(keys: KeyTable, secrets: Iterable[str], name: str) -> bool:
 def _caller(keys: KeyTable, secrets: Iterable[str]) -> Caller | None:
     if not keys.is_required:
         return ANYBODY
-    key = next((key for secret in secrets if (key := keys.find(secret)) is not None), None)
+    key = keys.find_first(secrets)
     if key is None or key.requests_per_minute or key.max_concurrent or Scope.INFERENCE not in key.scopes:
         return None
     return key.caller
