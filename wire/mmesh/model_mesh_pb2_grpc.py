@@ -84,7 +84,8 @@ class ModelMeshServicer(object):
         for it; a load that fails is OK with LOADING_FAILED and the causes in `errors`, never a gRPC
         error. INVALID_ARGUMENT: empty type, or a model of type llm with a key that no load could
         accept (the message names the field). An OK means that the registration is durable and that
-        every pod will see it.
+        every pod will see it. Our addition, which clients of ModelMesh need not read: the trailing
+        metadata `warning` says what the weights of a GGUF file take if its blocks are unpacked.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
