@@ -1,7 +1,7 @@
 """Makes the mask sources of requests with a grammar, in threads beside the engine's own.
 
-A tokenizer takes a quarter of a second to build, and a grammar milliseconds. Each is built once: tokenizers by content, for as long as a model
-uses them, and grammars in a bounded cache, of which every sequence gets a copy (see lanes.py).
+A tokenizer takes a quarter of a second to build, and a grammar milliseconds. Tokenizers are kept by content, for as long as a model uses them.
+Grammars are kept in a bounded cache, of which every sequence gets a copy (lanes.py).
 """
 
 import os

@@ -31,9 +31,9 @@ def linear_4bit(
 
     With `gate`, the rows of the weight are those of gate, then those of up, and the result is act(gate) × up [..., N/2].
     `weight` uint8 [N, P/2] and `absmax` float32 [N, P/64] are as `kernel_layout_4bit` returns them, or with float16
-    scales [N, P/32] as `kernel_layout_gguf` does. If K is not a multiple of 64 those of bitsandbytes are 1-D, and the
-    weight is dequantised at every call. With `out` and `scratch`, nothing is
-    allocated for up to 128 rows, nor for more rows if `staging` holds a part of the weight in x's type.
+    scales [N, P/32] as `kernel_layout_gguf` does. If K is not a multiple of 64, those of bitsandbytes are 1-D, and the
+    weight is dequantised at every call. With `out` and `scratch`, nothing is allocated for up to 128 rows, nor for more
+    rows if `staging` holds a part of the weight in x's type.
     """
     if out is None:
         out = x.new_empty((*x.shape[:-1], num_rows_4bit(weight, x.shape[-1]) // (1 if gate is None else 2)))

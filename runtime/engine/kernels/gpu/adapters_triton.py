@@ -32,7 +32,7 @@ def _chunk_of(c, num_chunks, upload_ptr, word, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def locate(slot, module, places_ptr, num_modules):
+def _locate(slot, module, places_ptr, num_modules):
     """Return where the matrices of a module begin, and their rank, which is 0 without an adapter."""
     found = slot >= 0
     place_ptr = places_ptr + (slot * num_modules + module) * 3
@@ -72,18 +72,18 @@ def shrink_kernel(
     split = tl.program_id(2)
     slot, first, mask, tokens = _chunk(tl.program_id(0), upload_ptr, word, BLOCK_T)
     module = tl.program_id(1)
-    a_at, _, rank = locate(slot, first_module + module, places_ptr, num_modules)
+    a_at, _, rank = _locate(slot, first_module + module, places_ptr, num_modules)
     lines = tl.arange(0, LINES)
     starts = tl.zeros((LINES,), tl.int64) + a_at
     ranks = tl.zeros((LINES,), tl.int32) + rank
     if EACH > 1:
         which = lines // BLOCK_R
-        a1_at, _, rank1 = locate(slot, first_module + 1, places_ptr, num_modules)
+        a1_at, _, rank1 = _locate(slot, first_module + 1, places_ptr, num_modules)
         starts = tl.where(which == 1, a1_at, starts)
         ranks = tl.where(which == 1, rank1, ranks)
         rank = tl.maximum(rank, rank1)
         if EACH > 2:
-            a2_at, _, rank2 = locate(slot, first_module + 2, places_ptr, num_modules)
+            a2_at, _, rank2 = _locate(slot, first_module + 2, places_ptr, num_modules)
             starts = tl.where(which == 2, a2_at, starts)
             ranks = tl.where(which == 2, rank2, tl.where(which == 3, 0, ranks))
             rank = tl.maximum(rank, rank2)
@@ -210,7 +210,7 @@ def expand_kernel(
     num_chunks = tl.load(upload_ptr + word)
     lanes = tl.num_programs(0)
     slot, first, mask, tokens = _chunk_of(tl.program_id(0), num_chunks, upload_ptr, word, BLOCK_T)
-    _, b_at, rank = locate(slot, first_module + module, places_ptr, num_modules)
+    _, b_at, rank = _locate(slot, first_module + module, places_ptr, num_modules)
     b_ptrs = memory_ptr + b_at + outs.to(tl.int64)[:, None] * rank + ranks[None, :]
     b = tl.load(b_ptrs, mask=mask_n[:, None] & (rank > 0), other=0.0)
     pdl.wait(PDL)
@@ -225,7 +225,7 @@ def expand_kernel(
         # What the lane's next chunk needs is fetched while this one is computed: each step of its way waits for the memory.
         next_slot, next_first, next_mask, next_tokens = _chunk_of(c + lanes, num_chunks, upload_ptr, word, BLOCK_T)
         y = _added(y, part_ptrs, rank_stride, mask_h, b_ptrs, b, mask_n, rank, BLOCK_T, BLOCK_N, BLOCK_R, PRECISION)
-        _, b_at, rank = locate(next_slot, first_module + module, places_ptr, num_modules)
+        _, b_at, rank = _locate(next_slot, first_module + module, places_ptr, num_modules)
         b_ptrs = memory_ptr + b_at + outs.to(tl.int64)[:, None] * rank + ranks[None, :]
         b = tl.load(b_ptrs, mask=mask_n[:, None] & (rank > 0), other=0.0)
         tl.store(y_ptrs, y, mask=touched)
@@ -235,9 +235,9 @@ def expand_kernel(
 @triton.jit
 def _gate_and_up(slot, module, places_ptr, num_modules, width, SLICES: tl.constexpr):
     """Return where the B of gate begins, its rank, and the same of up. SLICES = 1: both are one matrix."""
-    _, gate_at, gate_rank = locate(slot, module, places_ptr, num_modules)
+    _, gate_at, gate_rank = _locate(slot, module, places_ptr, num_modules)
     if SLICES == 2:
-        _, up_at, up_rank = locate(slot, module + 1, places_ptr, num_modules)
+        _, up_at, up_rank = _locate(slot, module + 1, places_ptr, num_modules)
     else:
         up_at = gate_at + width.to(tl.int64) * gate_rank
         up_rank = gate_rank

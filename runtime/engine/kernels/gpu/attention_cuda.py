@@ -117,10 +117,10 @@ def cut(
     processors: int,
     key_bytes: int = 2,
 ) -> Cut:
-    """Choose how to divide the work, from the measurements in docs/benchmarks/linear.md.
+    """Choose how to divide the work, from the measurements in docs/benchmarks/linear.md (FP8: engine.md).
 
-    `key_bytes`: of one channel of a key. Rows stay whole if there are enough of them, because merging parts costs some microseconds. Each pair of row and KV
-    head gets a multiprocessor if there are few pairs, and half of one otherwise.
+    Rows stay whole if there are enough of them, because merging parts costs some microseconds. Each pair of row and KV head gets a multiprocessor if
+    there are few pairs, and half of one otherwise. `key_bytes`: of one channel of a key.
     """
     if key_bytes == 1:
         return _cut_fp8(num_rows, num_kv_heads, group, head_dim, max_context_len, processors)
