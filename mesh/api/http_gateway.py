@@ -15,6 +15,7 @@ from mesh.api.error_shapes import shape_for
 from mesh.api.http_body import prefix_hash, read_body
 from mesh.api.http_forwarder import HttpForwarder, HttpRequest
 from mesh.api.http_relay import end_stream, relay
+from mesh.api.http_request import target_of
 from mesh.api.request_log import Record
 from mesh.api.request_memory import RequestMemory
 from mesh.api.sse_keepalive import SseKeepAlive
@@ -82,7 +83,7 @@ class HttpGateway:
         )
         headers = _headers(request, record.request_id)
         forwarded = HttpRequest(
-            request.method, request.raw_path, headers, body, name or "", current_caller().name, record.started_s
+            request.method, target_of(request), headers, body, name or "", current_caller().name, record.started_s
         )
         with (
             self._router.attempts(routing) as attempts,

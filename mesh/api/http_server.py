@@ -18,7 +18,7 @@ from mesh.access.tls import TlsIdentity
 from mesh.api.connection_limits import ConnectionLimits
 from mesh.api.http_errors import errors_as_json, response_of
 from mesh.api.http_listeners import HttpListeners
-from mesh.api.http_secrets import http_secrets
+from mesh.api.http_request import http_secrets
 from mesh.api.request_log import request_log
 from mesh.api.web_guard import WebGuard
 from mesh.errors import InvalidRequest, NotSupported, Unauthenticated

@@ -15,7 +15,7 @@ from mesh.api.http_errors import errors_as_json
 from mesh.api.http_forwarder import Headers, HttpForwarder, HttpRequest
 from mesh.api.http_listeners import HttpListeners
 from mesh.api.http_relay import relay
-from mesh.api.http_secrets import http_secrets
+from mesh.api.http_request import http_secrets, target_of
 from mesh.api.request_log import Record, request_log
 from mesh.api.request_memory import RequestMemory
 from mesh.api.routes.openai_routes import MODEL_IN_BODY_PATHS
@@ -92,7 +92,7 @@ class WorkerHttp:
         record.name = name
         caller = current_caller().name if name else ""
         headers = _headers(request, record.request_id)
-        forwarded = HttpRequest(request.method, request.raw_path, headers, body, name, caller, record.started_s)
+        forwarded = HttpRequest(request.method, target_of(request), headers, body, name, caller, record.started_s)
         with (
             self._calls.attempts(Carrier.HTTP, name) as attempts,
             HttpForwarder(self._connections, lambda: (), forwarded) as forwarder,
