@@ -16,6 +16,7 @@ from mesh.cli.supervised_process import status_of
 from mesh.config.schema import MeshConfig
 from mesh.errors import InvalidRequest
 from mesh.pod.pod import Pod
+from tests.support.envoy import EMBEDDED, WORKERS, running_in, until_carried
 from tests.support.etcd import EtcdServer
 from tests.support.pods import RunningPod, running_pod
 from tests.support.tls import Authority, peer_settings
@@ -37,21 +38,35 @@ async def pods(tmp_path: Path, etcd: EtcdServer) -> AsyncIterator[tuple[RunningP
         yield a, b
 
 
-async def test_callers_use_tls_and_a_new_certificate_without_a_restart(tmp_path: Path) -> None:
+@pytest.fixture(params=[EMBEDDED, WORKERS])
+def mode(request: pytest.FixtureRequest) -> str:
+    """Whether callers reach the pod's own listeners or those of its worker."""
+    return str(request.param)
+
+
+def listeners(mode: str, **settings: Any) -> dict[str, Any]:
+    """Return the settings with one worker at most, so that all connections reach the same listener."""
+    return {**settings, "workers": 1} if mode == WORKERS else settings
+
+
+async def test_callers_use_tls_and_a_new_certificate_without_a_restart(tmp_path: Path, mode: str) -> None:
     authority, later = Authority("first"), Authority("second")
     certificate, key = authority.issue(tmp_path / "tls")
     trusted = authority.write(tmp_path / "ca.pem")
-    async with running_pod(tmp_path / "pod", trusted=trusted, tls_cert=certificate, tls_key=key) as pod:
+    settings = listeners(mode, trusted=trusted, tls_cert=certificate, tls_key=key)
+    async with running_in(mode, tmp_path / "pod", **settings) as pod:
         await pod.register("m")
         assert await pod.echo("m") == b"hi"
+        if mode == WORKERS:
+            await until_carried(pod, "m")
         status, _, _ = await pod.chat("m")
         assert status == 200
-        assert await status_of(f"127.0.0.1:{pod.pod.http.port}", "/health", 5.0, tls=True) == 200, "as serve probes it"
+        assert await status_of(f"127.0.0.1:{pod.pod.ports.http}", "/health", 5.0, tls=True) == 200, "as serve probes it"
         slow = pod.server_stream("/test.Any/Slow")(b"", metadata=FOR_M)
         assert await slow.read() == b"first"
         with pytest.raises(aiohttp.ClientError):
             async with aiohttp.ClientSession() as plain:
-                await plain.get(f"http://127.0.0.1:{pod.pod.http.port}/health")
+                await plain.get(f"http://127.0.0.1:{pod.pod.ports.http}/health")
 
         later.issue(tmp_path / "tls")
         context = ssl.create_default_context(cafile=later.write(tmp_path / "later.pem"))
@@ -59,7 +74,7 @@ async def test_callers_use_tls_and_a_new_certificate_without_a_restart(tmp_path:
         async def is_new() -> bool:
             async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as fresh:
                 try:
-                    await fresh.get(f"https://127.0.0.1:{pod.pod.http.port}/health")
+                    await fresh.get(f"https://127.0.0.1:{pod.pod.ports.http}/health")
                 except aiohttp.ClientError:
                     return False
                 return True
@@ -68,7 +83,7 @@ async def test_callers_use_tls_and_a_new_certificate_without_a_restart(tmp_path:
             while not await is_new():
                 await asyncio.sleep(0.05)
         credentials = grpc.ssl_channel_credentials((tmp_path / "later.pem").read_bytes())
-        address = f"127.0.0.1:{pod.pod.grpc.port}"
+        address = f"127.0.0.1:{pod.pod.ports.grpc}"
         async with grpc.aio.secure_channel(
             address, credentials, options=(("grpc.use_local_subchannel_pool", 1),)
         ) as fresh:
@@ -78,17 +93,17 @@ async def test_callers_use_tls_and_a_new_certificate_without_a_restart(tmp_path:
         slow.cancel()
 
 
-async def test_callers_need_a_certificate_of_one_of_the_authorities(tmp_path: Path) -> None:
+async def test_callers_need_a_certificate_of_one_of_the_authorities(tmp_path: Path, mode: str) -> None:
     authority, others = Authority("server"), Authority("callers")
     certificate, key = authority.issue(tmp_path / "tls")
     trusted = authority.write(tmp_path / "ca.pem")
     client_ca = f"{trusted},{others.write(tmp_path / 'callers.pem')}"
-    tls = {"tls_cert": certificate, "tls_key": key, "tls_client_ca": client_ca}
-    async with running_pod(tmp_path / "pod", trusted=trusted, **tls) as pod:  # type: ignore[arg-type]
+    tls = listeners(mode, tls_cert=certificate, tls_key=key, tls_client_ca=client_ca)
+    async with running_in(mode, tmp_path / "pod", trusted=trusted, **tls) as pod:
         for signer in (authority, others):
             held, held_key = (Path(path).read_bytes() for path in signer.issue(tmp_path / str(id(signer))))
             credentials = grpc.ssl_channel_credentials(trusted.read_bytes(), held_key, held)
-            async with grpc.aio.secure_channel(f"127.0.0.1:{pod.pod.grpc.port}", credentials) as channel:
+            async with grpc.aio.secure_channel(f"127.0.0.1:{pod.pod.ports.grpc}", credentials) as channel:
                 status = await ModelMeshStub(channel).getModelStatus(pb.GetStatusRequest(modelId="m"), timeout=5)
                 assert status.status == pb.ModelStatusInfo.NOT_FOUND
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -98,15 +113,15 @@ async def test_callers_need_a_certificate_of_one_of_the_authorities(tmp_path: Pa
             await pod.http.get("/health")
 
 
-async def test_callers_certificate_stands_for_no_key(tmp_path: Path) -> None:
+async def test_callers_certificate_stands_for_no_key(tmp_path: Path, mode: str) -> None:
     authority = Authority("server")
     certificate, key = authority.issue(tmp_path / "tls")
     trusted = authority.write(tmp_path / "ca.pem")
-    settings: dict[str, Any] = {"tls_cert": certificate, "tls_key": key, "tls_client_ca": str(trusted)}
-    async with running_pod(tmp_path / "pod", trusted=trusted, api_keys=("secret",), **settings) as pod:
+    settings = listeners(mode, tls_cert=certificate, tls_key=key, tls_client_ca=str(trusted), api_keys=("secret",))
+    async with running_in(mode, tmp_path / "pod", trusted=trusted, **settings) as pod:
         context = ssl.create_default_context(cafile=trusted)
         context.load_cert_chain(*authority.issue(tmp_path / "caller"))
-        url = f"https://127.0.0.1:{pod.pod.http.port}/v1/models"
+        url = f"https://127.0.0.1:{pod.pod.ports.http}/v1/models"
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as caller:
             async with caller.get(url) as answer:
                 assert answer.status == 401

@@ -19,7 +19,6 @@ from tests.support.envoy import bearer, num_through_mesh, until_carried
 from tests.support.etcd import EtcdServer
 from tests.support.fake_runtime import Switches
 from tests.support.pods import RunningPod
-from tests.support.tls import Authority
 from tests.support.waiting import until, until_async
 from tests.support.workers import running_worker_pod, start_worker_here
 from wire.fmaas import generation_pb2 as fmaas
@@ -222,13 +221,38 @@ async def test_worker_that_cannot_be_started_is_tried_again(tmp_path: Path, capl
         assert "a worker cannot be started: too many open files" in caplog.text
 
 
-async def test_workers_serve_tls(tmp_path: Path) -> None:
-    authority = Authority("callers")
-    certificate, key = authority.issue(tmp_path / "tls")
-    trusted = authority.write(tmp_path / "ca.pem")
-    async with running_worker_pod(tmp_path / "pod", trusted=trusted, tls_cert=certificate, tls_key=key) as pod:
-        await pod.register("m")
-        await until_carried(pod, "m")
+async def test_worker_stops_carrying_the_calls_of_a_key_that_is_removed_or_limited(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    scopes = ["inference", "management", "metrics"]
+    entries: dict[str, dict[str, object]] = {
+        name: {"name": name, "sha256": digest_of(name), "scopes": scopes} for name in ("kept", "removed")
+    }
+
+    def write(*keys: dict[str, object]) -> None:
+        file.with_suffix(".new").write_text(json.dumps({"keys": keys}))
+        file.with_suffix(".new").rename(file)
+
+    write(*entries.values())
+    async with running_worker_pod(tmp_path / "pod", api_keys_file=str(file)) as pod:
+        async with pod.http.post("/admin/v1/models", json={"name": "m", "uri": "/m"}, headers=bearer("kept")) as answer:
+            assert answer.status == 200
+        await until_carried(pod, "m", "removed")
+        write({**entries["kept"], "requests_per_minute": 1000})
+
+        async def status(secret: str) -> int:
+            async with pod.http.post("/v1/completions", json={"model": "m"}, headers=bearer(secret)) as answer:
+                return answer.status
+
+        async def is_refused() -> bool:
+            return await status("removed") == 401
+
+        async def is_counted() -> bool:
+            before = await num_through_mesh(pod, "m", "kept")
+            assert await status("kept") == 200
+            return await num_through_mesh(pod, "m", "kept") == before + 1
+
+        await until_async(is_refused)
+        await until_async(is_counted)
 
 
 @pytest.mark.parametrize(
