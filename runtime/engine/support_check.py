@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+from common.parent import die_with_parent
 from runtime.engine.import_stubs import light_imports
 from runtime.errors import LoadFailed
 from runtime.types import Checkpoint
@@ -29,6 +30,7 @@ def refusal(folder: Path, max_model_len: int | None) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    die_with_parent()
     with light_imports():
         reason = refusal(Path(arguments[0]), int(arguments[1]) if len(arguments) > 1 else None)
     print(json.dumps(reason))

@@ -8,6 +8,7 @@ from typing import IO
 
 import msgspec
 
+from common.parent import child_environment
 from runtime.errors import LoadFailed, from_code
 from runtime.models.model_state import Phase
 from runtime.puller.pack.request import PackDone, PackEvent, PackFailed, PackProgress, PackRequest
@@ -21,7 +22,12 @@ def run_packer(request: PackRequest, job: PullJob) -> None:
     """Fill the packed directory; blocks. Raises the error that the packer reports, LoadFailed if it dies, OSError (ENOSPC) on a full disk."""
     command = [sys.executable, "-m", "runtime.puller.pack"]
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env=child_environment(),
     )
     assert process.stdin is not None
     assert process.stdout is not None

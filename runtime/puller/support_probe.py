@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cachetools import LRUCache
 
+from common.parent import child_environment
 from runtime.puller.progress import PullJob
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,12 @@ def _ask(path: Path, max_model_len: int | None, job: PullJob) -> str | None:
         *([str(max_model_len)] if max_model_len is not None else []),
     ]
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=child_environment(),
     )
     try:
         while process.poll() is None:

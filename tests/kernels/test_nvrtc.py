@@ -21,9 +21,10 @@ SOURCES = [
     (linear4_wgmma.SOURCE, ("IS_HALF=false",)),
     (linear4_wgmma.SOURCE, ("IS_HALF=false", "SMALL_BLOCKS=true")),
     pytest.param(linear4_wgmma.SOURCE, ("IS_HALF=true",), marks=pytest.mark.long),
-    (attention_cuda.SOURCE, ("HEAD_DIM=128", "HALF=false", "TILES=1", "WARPS=8", "STAGES=3")),
-    (attention_cuda.SOURCE, ("HEAD_DIM=128", "HALF=true", "TILES=2", "WARPS=8", "STAGES=2")),
-    (attention_cuda.SOURCE, ("HEAD_DIM=256", "HALF=false", "TILES=1", "WARPS=4", "STAGES=2")),
+    (attention_cuda.SOURCE, ("HEAD_DIM=128", "HALF=false", "FP8=false", "TILES=1", "WARPS=8", "STAGES=3")),
+    (attention_cuda.SOURCE, ("HEAD_DIM=128", "HALF=true", "FP8=false", "TILES=2", "WARPS=8", "STAGES=2")),
+    (attention_cuda.SOURCE, ("HEAD_DIM=256", "HALF=false", "FP8=false", "TILES=1", "WARPS=4", "STAGES=2")),
+    (attention_cuda.SOURCE, ("HEAD_DIM=128", "HALF=false", "FP8=true", "TILES=2", "WARPS=8", "STAGES=4")),
 ]
 
 
