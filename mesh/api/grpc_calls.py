@@ -30,7 +30,7 @@ Answer = Callable[[GrpcRequest, ReplayBuffer, ServerContext], Awaitable[GrpcOutc
 
 
 class GrpcCalls:
-    """Makes the handlers of calls. `record` gets each call at its end, with the bytes that the caller has sent.
+    """Makes the handlers of calls, and logs each call at its end. `record` gets it, with the bytes that the caller has sent.
 
     `behind_worker`: other processes of this pod forward the calls.
     """
@@ -121,6 +121,20 @@ class GrpcCalls:
         finally:
             inbound.close()
             self._record(request, inbound.received_bytes)
+            _log(request)
+
+
+def _log(request: GrpcRequest) -> None:
+    log_grpc_call(
+        logging.DEBUG if request.is_logged else logging.INFO,
+        code=request.code,
+        method=request.method,
+        asked=request.name,
+        model_id=request.model_id,
+        first_s=request.first_s,
+        seconds=time.monotonic() - request.started_s,
+        request_id=request.request_id,
+    )
 
 
 def _trailers(error: MeshError) -> tuple[tuple[str, str], ...]:

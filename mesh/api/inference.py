@@ -3,7 +3,6 @@
 from __future__ import annotations  # grpc's handler types take parameters only for the type checker
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable
 
@@ -24,7 +23,6 @@ from mesh.api.grpc_forwarder import (
 )
 from mesh.api.merged_part import MergedPart
 from mesh.api.replay_buffer import ReplayBuffer, ServerContext
-from mesh.api.request_log import log_grpc_call
 from mesh.api.request_memory import RequestMemory
 from mesh.client.connections import Connections
 from mesh.errors import NotFound, NotSupported
@@ -176,13 +174,3 @@ class InferenceGateway:
         )
         for code, invoke_s in request.invocations:
             self._metrics.invoked(label, code, invoke_s)
-        log_grpc_call(
-            logging.DEBUG if request.is_logged else logging.INFO,
-            code=request.code,
-            method=request.method,
-            asked=request.name,
-            model_id=request.model_id,
-            first_s=request.first_s,
-            seconds=seconds,
-            request_id=request.request_id,
-        )

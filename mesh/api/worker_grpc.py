@@ -2,8 +2,6 @@
 
 from __future__ import annotations  # grpc's handler types take parameters only for the type checker
 
-import logging
-import time
 from typing import Any
 
 import grpc
@@ -19,7 +17,6 @@ from mesh.api.grpc_calls import GrpcCalls
 from mesh.api.grpc_forwarder import GrpcForwarder, GrpcOutcome, GrpcRequest
 from mesh.api.grpc_listener import GrpcLimits, listen, make_server
 from mesh.api.replay_buffer import ReplayBuffer, ServerContext
-from mesh.api.request_log import log_grpc_call
 from mesh.api.request_memory import RequestMemory
 from mesh.client.connections import Connections
 from mesh.envoy.plan import Carrier
@@ -99,16 +96,6 @@ class WorkerGrpc:
     def _record(self, request: GrpcRequest, _: int) -> None:
         if request.model_id and (key := current_caller().name):
             self._calls.count_key(key, Carrier.GRPC, request.code)
-        log_grpc_call(
-            logging.DEBUG if request.is_logged else logging.INFO,
-            code=request.code,
-            method=request.method,
-            asked=request.name,
-            model_id=request.model_id,
-            first_s=request.first_s,
-            seconds=time.monotonic() - request.started_s,
-            request_id=request.request_id,
-        )
 
 
 class _Handlers(grpc.GenericRpcHandler):
