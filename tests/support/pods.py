@@ -122,3 +122,12 @@ async def running_pod(
         await channel.close()
         await pod.stop()
         await runtime.stop()
+
+
+async def load_at_the_other(asked: RunningPod, other: RunningPod, name: str) -> None:
+    """Register a model at one of two pods and load it at the other one, until the first one knows of the copy."""
+    await until(lambda: all(len(pod.pod.registry.instances.live()) == 2 for pod in (asked, other)))
+    await asked.register(name)
+    await other.pod.registry.models.find(name)
+    await other.pod.placement.ensure_loaded(name, wait=True, local_only=True)
+    await until(lambda: any(copy.model.state == "loaded" for copy in asked.pod.states.status(name).copies))

@@ -18,7 +18,7 @@ from mesh.errors import InvalidRequest
 from mesh.pod.pod import Pod
 from tests.support.envoy import EMBEDDED, WORKERS, running_in, until_carried
 from tests.support.etcd import EtcdServer
-from tests.support.pods import RunningPod, running_pod
+from tests.support.pods import RunningPod, load_at_the_other, running_pod
 from tests.support.tls import Authority, peer_settings
 from tests.support.waiting import until
 from wire.mmesh import model_mesh_pb2 as pb
@@ -147,11 +147,7 @@ async def test_pods_trust_one_certificate_that_they_share(tmp_path: Path, etcd: 
         running_pod(tmp_path / "a", store=store, **settings) as a,  # type: ignore[arg-type]
         running_pod(tmp_path / "b", store=store, **settings) as b,  # type: ignore[arg-type]
     ):
-        await until(lambda: all(len(pod.pod.registry.instances.live()) == 2 for pod in (a, b)))
-        await a.register("m")
-        await b.pod.registry.models.find("m")
-        await b.pod.placement.ensure_loaded("m", wait=True, local_only=True)
-        await until(lambda: any(copy.model.state == "loaded" for copy in a.pod.states.status("m").copies))
+        await load_at_the_other(a, b, "m")
         assert await a.echo("m") == b"hi"
         assert (await a.chat("m"))[0] == 200
         assert b.runtime.calls["m"] == 2
@@ -231,11 +227,7 @@ async def test_pod_with_another_name_in_its_certificate_is_not_a_peer(tmp_path: 
         running_pod(tmp_path / "a", store=store, **peer_settings(tmp_path / "tls-a", authority)) as a,
         running_pod(tmp_path / "b", store=store, **peer_settings(tmp_path / "tls-b", authority, "other")) as b,
     ):
-        await until(lambda: all(len(pod.pod.registry.instances.live()) == 2 for pod in (a, b)))
-        await a.register("m")
-        await b.pod.registry.models.find("m")
-        await b.pod.placement.ensure_loaded("m", wait=True, local_only=True)
-        await until(lambda: any(copy.model.state == "loaded" for copy in a.pod.states.status("m").copies))
+        await load_at_the_other(a, b, "m")
         assert await a.echo("m") == b"hi"
         assert b.runtime.calls["m"] == 0, "it was loaded here instead"
 

@@ -18,7 +18,7 @@ from mesh.pod.worker_process import RunningWorker
 from tests.support.envoy import bearer, num_through_mesh, until_carried
 from tests.support.etcd import EtcdServer
 from tests.support.fake_runtime import Switches
-from tests.support.pods import RunningPod
+from tests.support.pods import RunningPod, load_at_the_other
 from tests.support.waiting import until, until_async
 from tests.support.workers import running_worker_pod, start_worker_here
 from wire.fmaas import generation_pb2 as fmaas
@@ -180,11 +180,7 @@ async def test_calls_between_pods_pass_their_workers(tmp_path: Path, etcd: EtcdS
         running_worker_pod(tmp_path / "a", store=store) as a,
         running_worker_pod(tmp_path / "b", store=store) as b,
     ):
-        await until(lambda: all(len(pod.pod.registry.instances.live()) == 2 for pod in (a, b)))
-        await a.register("m")
-        await b.pod.registry.models.find("m")
-        await b.pod.placement.ensure_loaded("m", wait=True, local_only=True)
-        await until(lambda: any(copy.model.state == "loaded" for copy in a.pod.states.status("m").copies))
+        await load_at_the_other(a, b, "m")
         assert await a.echo("m") == b"hi"
         assert (await a.chat("m"))[0] == 200
         assert (a.runtime.calls["m"], b.runtime.calls["m"]) == (0, 2)
