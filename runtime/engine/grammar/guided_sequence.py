@@ -55,7 +55,8 @@ class GuidedSequence:
 
     @property
     def finished(self) -> bool:
-        return not self._reasoning and self._matcher.is_stopped()
+        # A matcher also stops at an error, which the next mask reports.
+        return not self._reasoning and self._matcher.is_stopped() and not self._matcher.is_error()
 
     is_spent = False
 

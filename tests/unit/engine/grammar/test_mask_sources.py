@@ -169,8 +169,17 @@ def test_mask_source_fails_at_the_mask_after_a_forbidden_token(folder: Path) -> 
     run = open_run(folder, COLOURS, GrammarMaskSources())
     run.take(*run.tokenizer.encode("zz").ids)
     assert not run.source.forced()
+    assert not run.source.finished
     with pytest.raises(GrammarError, match=r"doesn.t satisfy the grammar"):
         run.mask()
+
+
+def test_mask_source_that_exceeds_the_librarys_limits_fails_instead_of_ending_the_text(folder: Path) -> None:
+    nested = Grammar(json.dumps({"grammars": [{"lark_grammar": "start: /(a{1000}){1000}/"}]}))
+    run = open_run(folder, nested, GrammarMaskSources())
+    with pytest.raises(GrammarError, match="too many expressions"):
+        run.finish(random.Random(3), most=4000)
+    assert not run.source.finished
 
 
 def test_mask_source_refuses_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
