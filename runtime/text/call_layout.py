@@ -3,10 +3,13 @@
 In `head`, NAME stands for the function's name. Markers that are tokens of the vocabulary become these tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from types import MappingProxyType
+from typing import Any
+
+import msgspec
 
 
 class Arguments(Enum):
@@ -72,6 +75,22 @@ _LIST = CallLayout(_OBJECT, "}", "[", ", ", "]")
 
 GENERIC = CallLayout('{"name": "NAME", "parameters": ', "}", "[", ", ", "]")
 """For models whose family is not known."""
+
+
+def generic_text(calls: Sequence[Mapping[str, Any]]) -> str:
+    """Return earlier calls, in OpenAI's form with objects or texts as arguments, as GENERIC has them."""
+    return GENERIC.open + GENERIC.between.join(_generic_call(call["function"]) for call in calls) + GENERIC.close
+
+
+def _generic_call(function: Mapping[str, Any]) -> str:
+    arguments = function["arguments"]
+    written = arguments if isinstance(arguments, str) else _json(arguments)
+    return GENERIC.head.replace('"NAME"', _json(function["name"])) + written + GENERIC.tail
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.format(msgspec.json.encode(value), indent=0).decode()
+
 
 LAYOUTS: Mapping[str, CallLayout] = MappingProxyType(
     {

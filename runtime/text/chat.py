@@ -8,9 +8,11 @@ import msgspec
 
 from runtime.errors import InvalidRequest
 from runtime.text.call_arguments import as_text, has_calls, wants_text
+from runtime.text.call_layout import generic_text
 from runtime.text.output_format import OutputFormat, detect_format
 from runtime.text.sandbox import Sandbox, render
 
+_CALLS = "tool_calls"
 _CONTINUE_MARK = "\u2063continue-here\u2063 "  # ends in a space to see whether the template trims
 
 
@@ -53,6 +55,10 @@ class ChatTemplates:
 
     def __bool__(self) -> bool:
         return bool(self._texts)
+
+    def shows_tools(self, model: str, wanted: str | None) -> bool:
+        """Whether a template has a place for tools. Raises InvalidRequest like `render`."""
+        return "tools" in self._pick(model, wanted)
 
     def replaced(self, templates: Mapping[str, str]) -> "ChatTemplates":
         """Return other templates with the same special tokens."""
@@ -136,7 +142,13 @@ def _as_template_sees(message: ChatMessage, template: str) -> dict[str, Any]:
     role = message.role
     if role == "developer" and "developer" not in template:
         role = "system"  # OpenAI's newer name, which most templates do not have
-    return {**message.extra, "role": role, "content": message.content}
+    if _CALLS in template:
+        return {**message.extra, "role": role, "content": message.content}
+    # The template has no place for calls, and may fail on a message without content.
+    extra = {key: value for key, value in message.extra.items() if key != _CALLS}
+    calls = message.extra.get(_CALLS)
+    texts = [message.content, generic_text(calls) if calls else None]
+    return {**extra, "role": role, "content": "\n".join(text for text in texts if text)}
 
 
 def _cut_at_mark(model: str, rendered: str) -> str:

@@ -55,6 +55,8 @@ async def prepare_chat(
     chat = ChatGrammar(tools.calls, tools.functions, tools.parallel, wanted)
     guide = await guide_chat(model, chat, tools.output_format or model.text.output_format, text)
     notes = guide.notes
+    if tools.tools and not model.text.shows_tools(model.name, body.chat_template):
+        notes = (*notes, "the model does not see the tools: its chat template has no place for them")
     if body.thinking_token_budget is not None:
         budget = reasoning_budget(model, text, body.thinking_token_budget)
         if budget is None:

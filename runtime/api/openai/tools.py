@@ -72,8 +72,8 @@ def plan_tools(
     if output_format is None or not reads or (calls is Calls.REQUIRED and output_format.name not in LAYOUTS):
         if not reads and calls is not Calls.REQUIRED:
             raise InvalidRequest(
-                "its chat template has no format of tool calls that this server can read;"
-                ' send tool_choice "none" or "required", or use a model whose template has one',
+                "its chat template has no format of tool calls that this server can read; require a call with tool_choice,"
+                " leave the tools out, or use a model whose template has one",
                 model=model.name,
                 param="tools",
             )

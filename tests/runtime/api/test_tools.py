@@ -280,6 +280,20 @@ async def test_tools_of_a_family_without_a_format_are_called_as_json(tmp_path: P
     assert not reader.accepts(grammar, "Hello.")
 
 
+async def test_tools_that_the_template_does_not_show_are_noted(server: Server, tmp_path: Path) -> None:
+    plain = served(tiny.byte_level(tmp_path / "m"), "m2", max_model_len=500)
+    async with serve(ScriptedEngine(lambda asked: []), plain) as found:
+        say(found, '[{"name": "weather", "parameters": {"city": "Paris"}}]')
+        body = {"messages": HELLO, "tools": [WEATHER], "tool_choice": "required"}
+        for url, model, noted in ((found.url, "m2", True), (server.url, "m1", False)):
+            async with (
+                aiohttp.ClientSession() as http,
+                http.post(f"{url}/v1/chat/completions", json={"model": model, **body}) as response,
+            ):
+                assert response.status == 200
+                assert ("does not see the tools" in response.headers.get("Warning", "")) is noted
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "param"),
     [

@@ -82,6 +82,21 @@ def test_render_maps_developer_to_system(model_dir: Path) -> None:
     assert knows.render_chat("m", [ChatMessage("developer", "x")], ChatOptions()) == "developer"
 
 
+@pytest.mark.parametrize("content", [None, "I look."])
+def test_render_writes_calls_as_text_for_a_template_without_a_place_for_them(
+    model_dir: Path, content: str | None
+) -> None:
+    calls = [
+        {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"city": "Köln", "days": [1, 2]}}},
+        {"id": "2", "type": "function", "function": {"name": 'a"b', "arguments": "{cut"}},
+    ]
+    chat = [ChatMessage("assistant", content, {"tool_calls": calls}), ChatMessage("assistant", None, {})]
+    rendered = load_text(model_dir, ModelSettings()).render_chat("m", chat, ChatOptions(add_generation_prompt=False))
+    text = '[{"name": "f", "parameters": {"city": "Köln", "days": [1, 2]}}, {"name": "a\\"b", "parameters": {cut}]'
+    before = f"{content}\n" if content else ""
+    assert rendered == f"<|im_start|>assistant\n{before}{text}<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
+
+
 @pytest.mark.parametrize(
     "template",
     [
