@@ -52,8 +52,8 @@ class Parsed(Generic[_T]):
 def parse(raw: bytes, kind: type[_T]) -> Parsed[_T]:
     """Decode a body. Raises InvalidRequest, or NotSupported for a feature that this version does not have, naming the field."""
     try:
-        names = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
         body = _decode(raw, kind)
+        names = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
     except msgspec.ValidationError as error:
         found = _PATH.match(str(error))
         if found is None or not found["path"]:
@@ -112,8 +112,12 @@ def _decode(raw: bytes, kind: type[_T]) -> _T:
     """Decode strictly, except that a whole number may be written as 1.0 or 1e3 where an integer is expected, as in JSON schema."""
     try:
         return msgspec.json.decode(raw, type=kind)
-    except msgspec.ValidationError:
-        return msgspec.convert(_with_integers(msgspec.json.decode(raw)), kind)
+    except msgspec.ValidationError as error:
+        try:
+            value = msgspec.json.decode(raw)
+        except msgspec.ValidationError:  # such as a number out of range, which only the first error gives a name
+            raise error from None
+        return msgspec.convert(_with_integers(value), kind)
 
 
 def _with_integers(value: Any) -> Any:

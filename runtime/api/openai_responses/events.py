@@ -15,6 +15,7 @@ from runtime.api.openai_responses.items import (
     ReasoningItem,
     ReasoningText,
     Response,
+    end_status,
     ended,
     new_id,
     response_usage,
@@ -46,9 +47,10 @@ class ResponseEvents:
             events += [self._event(f"response.{name}", response=self._response) for name in ("created", "in_progress")]
         for part in delta.parts:
             if isinstance(part, Finish):
-                events += self._close()
+                status = end_status(self._model, part.reason)
+                events += self._close(status)
                 usage = response_usage(self._num_prompt, delta.num_generated, self._num_cached, delta.num_reasoning)
-                self._response = ended(self._response, self._model, part.reason, self._output, usage)
+                self._response = ended(self._response, status, self._output, usage)
             else:
                 events += self._content(part)
         return b"".join(events)
@@ -101,7 +103,7 @@ class ResponseEvents:
             events.append(self._placed("response.content_part.added", content_index=0, part=OutputText("")))
         return events
 
-    def _close(self) -> list[bytes]:
+    def _close(self, status: str = "completed") -> list[bytes]:
         item, text = self._item, "".join(self._pieces)
         events: list[bytes] = []
         match item:
@@ -109,14 +111,14 @@ class ResponseEvents:
                 return events
             case MessageItem():
                 part = OutputText(text)
-                item = msgspec.structs.replace(item, content=[part], status="completed")
+                item = msgspec.structs.replace(item, content=[part], status=status)
                 events.append(self._placed("response.output_text.done", content_index=0, text=text, logprobs=[]))
                 events.append(self._placed("response.content_part.done", content_index=0, part=part))
             case ReasoningItem():
-                item = msgspec.structs.replace(item, content=[ReasoningText(text)], status="completed")
+                item = msgspec.structs.replace(item, content=[ReasoningText(text)], status=status)
                 events.append(self._placed("response.reasoning_text.done", content_index=0, text=text))
             case CallItem():
-                item = msgspec.structs.replace(item, arguments=text, status="completed")
+                item = msgspec.structs.replace(item, arguments=text, status=status)
                 done = self._placed("response.function_call_arguments.done", arguments=text, name=item.name)
                 events.append(done)
         events.append(self._event("response.output_item.done", item=item, output_index=len(self._output)))

@@ -115,15 +115,17 @@ def begun(body: ResponsesBody, shown_name: str) -> Response:
     )
 
 
-def ended(
-    response: Response, model: ServedModel, finish: FinishReason, output: list[Item], usage: ResponseUsage
-) -> Response:
-    """Return the response with its output. Raises Unavailable if the runtime ended the sequence."""
-    cut = finish_word(model, finish) == "length"
+def end_status(model: ServedModel, finish: FinishReason) -> str:
+    """Return the status of a response and of its last item. Raises Unavailable if the runtime ended the sequence."""
+    return "incomplete" if finish_word(model, finish) == "length" else "completed"
+
+
+def ended(response: Response, status: str, output: list[Item], usage: ResponseUsage) -> Response:
+    """Return the response with its output."""
     return msgspec.structs.replace(
         response,
-        status="incomplete" if cut else "completed",
-        incomplete_details=IncompleteDetails("max_output_tokens") if cut else None,
+        status=status,
+        incomplete_details=IncompleteDetails("max_output_tokens") if status == "incomplete" else None,
         output=output,
         usage=usage,
     )
@@ -150,8 +152,10 @@ def whole(response: Response, model: ServedModel, num_prompt: int, result: Compl
         CallItem(new_id("fc"), tool_call_id(call), call.name or "", call.arguments, "completed")
         for call in result.tool_calls
     ]
+    status = end_status(model, result.finish)
+    output[-1] = msgspec.structs.replace(output[-1], status=status)
     usage = response_usage(num_prompt, len(result.tokens), result.cached_tokens, result.num_reasoning)
-    return ended(response, model, result.finish, output, usage)
+    return ended(response, status, output, usage)
 
 
 def new_id(kind: str) -> str:

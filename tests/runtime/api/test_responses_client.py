@@ -99,8 +99,13 @@ async def test_responses_that_are_cut_are_incomplete(client: openai.AsyncOpenAI,
     assert response.incomplete_details.reason == "max_output_tokens"
     asked = server.engine.asked[0].request
     assert (asked.stop.max_tokens, asked.sampling.temperature, asked.sampling.top_p) == (3, 0.5, 0.9)
+    assert [item.to_dict()["status"] for item in response.output] == ["incomplete"]
     stream = await client.responses.create(model="m1", input="a", max_output_tokens=3, stream=True)
-    assert [event.type async for event in stream][-1] == "response.incomplete"
+    *_, done, end = [event async for event in stream]
+    assert done.type == "response.output_item.done"
+    assert end.type == "response.incomplete"
+    assert end.response.output == [done.item]
+    assert done.item.to_dict()["status"] == "incomplete"
 
 
 async def test_responses_stream_that_fails_says_so(client: openai.AsyncOpenAI, server: Server) -> None:

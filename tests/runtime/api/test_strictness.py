@@ -90,6 +90,13 @@ async def test_integers_may_be_written_as_whole_floats(server: Server) -> None:
         assert (status, answer["error"]["param"]) == (400, field), answer
 
 
+async def test_number_that_is_out_of_range_is_refused_by_its_fields_name(server: Server) -> None:
+    body = b'{"model": "m1", "prompt": "a", "temperature": 1e400}'
+    async with aiohttp.ClientSession() as http, http.post(f"{server.url}/v1/completions", data=body) as response:
+        error = (await response.json())["error"]
+    assert (response.status, error["param"]) == (400, "temperature")
+
+
 async def test_unknown_fields_are_escaped_in_the_log(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     await post(server, "/v1/completions", {"prompt": "a", "a\n2026 INFO forged\x1b[2J": 1, "b" * 200: 2})
