@@ -30,6 +30,9 @@ class TorchGraphs:
     recording: set[Pool] = field(default_factory=set)
     users: Counter[Pool] = field(default_factory=Counter)
     pools_made: int = 0
+    free_bytes: int = 1 << 31
+    reserved_bytes: int = 0  # by torch, `pooled_bytes` of them for the pool
+    pooled_bytes: int = 0
     capturing: "Graph | None" = None
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,8 +42,9 @@ class TorchGraphs:
             "current_stream": lambda *_: Stream(),
             "Stream": lambda *_: Stream(),
             "stream": lambda stream: stream,
-            "mem_get_info": lambda *_: (1 << 30, 1 << 31),
-            "memory_reserved": lambda *_: 0,
+            "mem_get_info": lambda *_: (self.free_bytes, 1 << 32),
+            "memory_reserved": lambda *_: self.reserved_bytes,
+            "memory_snapshot": lambda *_: [{"total_size": self.pooled_bytes}],
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self._end_recording, raising=False)
@@ -52,6 +56,12 @@ class TorchGraphs:
             return torch.zeros(interface["shape"], dtype=torch.uint8) if interface else as_tensor(value, **kwargs)
 
         monkeypatch.setattr(torch, "as_tensor", viewed)
+
+    def allocate(self, num_bytes: int, *, pooled: int = 0) -> None:
+        """Have torch take device memory, some of it for the pool."""
+        self.free_bytes -= num_bytes
+        self.reserved_bytes += num_bytes
+        self.pooled_bytes += pooled
 
     def void(self) -> None:
         """Do what the driver forbids while a stream is captured."""

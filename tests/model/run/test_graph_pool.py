@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from common.units import MIB
 from runtime.engine.interfaces import Bucket
 from runtime.engine.model.run.cuda_graphs import EAGER_USES, GraphPool, ModelGraphs
 from tests.support.graphs import capture_all, capture_now, use
@@ -78,6 +79,22 @@ def test_graph_pool_survives_any_error_of_a_capture(
     assert pool.full == isinstance(error, torch.OutOfMemoryError)
     if not pool.full:
         assert capture_now(graphs_of(pool), BUCKET)
+
+
+def test_graph_pool_counts_no_memory_of_other_threads(captures: TorchGraphs, pool: GraphPool) -> None:
+    """A warmup allocates activations while an idle turn captures."""
+
+    def run() -> None:
+        if captures.capturing is not None:
+            captures.allocate(300 * MIB)  # by another thread
+            captures.allocate(6 * MIB, pooled=6 * MIB)
+            captures.free_bytes -= 18 * MIB  # the driver's own
+
+    graphs = graphs_of(pool, run)
+    assert capture_now(graphs, BUCKET)
+    assert pool.used_bytes == 24 * MIB
+    graphs.close()
+    assert pool.used_bytes == 6 * MIB, "the pool keeps its memory"
 
 
 def test_failed_pass_of_a_group_of_ranks_is_raised(captures: TorchGraphs) -> None:

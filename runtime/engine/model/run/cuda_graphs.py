@@ -33,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 EAGER_USES = 4  # A capture takes as long as two or three eager steps.
 COVERED_USES = 32  # It takes as long as the padding of about this many steps in another bucket's graph.
 POOL_LIMIT_BYTES = 2 << 30
-_LARGEST_GRAPH_BYTES = 512 << 20  # Memory beyond this was allocated by other threads during the capture.
+_LARGEST_GRAPH_BYTES = 512 << 20  # Memory beyond this was taken by another process during the capture.
 LIKELY_SHARE = 0.5  # share of the limit that graphs of likely buckets, and of buckets with a cover, may use
 
 
@@ -140,15 +140,19 @@ class GraphPool:
         if self._anchor is None:
             # Torch destroys a pool with its last graph, and the handle cannot be used again. This graph keeps the pool.
             self._anchor, _ = self._capture(lambda: torch.zeros(1, device=self._device))
-        before, _ = torch.cuda.mem_get_info()
-        pooled_before = torch.cuda.memory_reserved(self._device)
+        before = self._memory()
         graph, logits = self._capture(run)
-        after, _ = torch.cuda.mem_get_info()  # includes the driver's own memory for the graph
-        grown = min(max(0, before - after), _LARGEST_GRAPH_BYTES)
         # The pool keeps its memory when a graph is released, and uses it for later graphs.
-        pooled = min(max(0, torch.cuda.memory_reserved(self._device) - pooled_before), grown)
-        self.used_bytes += grown
-        return StepGraph(graph, alias(logits), grown - pooled)
+        pooled, driver_bytes = (max(0, now - then) for now, then in zip(self._memory(), before, strict=True))
+        driver_bytes = min(driver_bytes, _LARGEST_GRAPH_BYTES)
+        self.used_bytes += pooled + driver_bytes
+        return StepGraph(graph, alias(logits), driver_bytes)
+
+    def _memory(self) -> tuple[int, int]:
+        """Return the bytes of the pool, and those that torch has not allocated, which include the driver's own for graphs."""
+        pooled = sum(int(segment["total_size"]) for segment in torch.cuda.memory_snapshot(self._handle))
+        free, total = torch.cuda.mem_get_info()
+        return pooled, total - free - torch.cuda.memory_reserved(self._device)
 
     def _capture(self, run: Callable[[], torch.Tensor]) -> "tuple[torch.cuda.CUDAGraph, torch.Tensor]":
         assert self._stream is not None
