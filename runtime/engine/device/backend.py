@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
+from functools import partial
 from typing import Generic, TypeVar, cast
 
 import torch
@@ -17,11 +18,11 @@ from runtime.engine.adapters.bank import AdapterBank
 from runtime.engine.adapters.load import load_adapter
 from runtime.engine.device.cpu import CpuDevice
 from runtime.engine.device.device import Device
-from runtime.engine.interfaces import AdapterResult, GraphCapture, LoadRequest, LoadResult
+from runtime.engine.interfaces import AdapterResult, Bucket, GraphCapture, LoadRequest, LoadResult
 from runtime.engine.model.build.adapter_warmup import AdapterWarmup
 from runtime.engine.model.build.builder import assemble, draw, facts_of
 from runtime.engine.model.build.equivalence_check import EquivalenceChecker
-from runtime.engine.model.build.warmup import Warmups
+from runtime.engine.model.build.warmup import Warmup, Warmups
 from runtime.engine.model.run.device_state import DeviceState
 from runtime.engine.model.run.kv_geometry import kv_geometry
 from runtime.engine.model.run.runner import ModelRunner
@@ -158,10 +159,8 @@ class EngineBackend:
             torch.cuda.current_stream(self._hardware.device).synchronize()
 
     def next_capture(self) -> GraphCapture | None:
-        # A capture during a warmup would compile the same kernels twice and count the warmup's memory as the graph's.
-        if self._warmups is not None and (not self._opened or self._warmups.busy):
-            return None
-        return self._state.graphs.next_capture()
+        is_open = self._warmups is None or self._opened
+        return self._state.graphs.next_capture() if is_open else None
 
     def idle(self, mark: Callable[[str], None] = lambda name: None) -> bool:
         if self._warmups is not None and not self._opened:
@@ -232,7 +231,14 @@ class EngineBackend:
                     None if blueprint.spec is None else blueprint.spec.activation,
                 )
                 built = assemble(blueprint, memory.weights_view, memory.kv_view, kv, kv_dtype, memory, all_reduce, bank)
-                runner = ModelRunner(built, facts_of(blueprint, kv), config, self._state, lambda: not memory.pending)
+                runner = ModelRunner(
+                    built,
+                    facts_of(blueprint, kv),
+                    config,
+                    self._state,
+                    lambda: not memory.pending,
+                    self._compiled_by(warmup),
+                )
             except BaseException:
                 memory.close()
                 if bank is not None:
@@ -250,6 +256,11 @@ class EngineBackend:
             time.monotonic() - taken_s,
         )
         return LoadResult(runner, memory, bank)
+
+    def _compiled_by(self, warmup: Warmup | None) -> Callable[[Bucket], bool]:
+        """Return whether a model's kernels of a size are compiled. A capture that compiles them does so beside the warmup that is about to."""
+        warmups = self._warmups
+        return (lambda bucket: True) if warmups is None else partial(warmups.has_compiled, warmup)
 
     def _load_adapter(self, request: LoadRequest, base: LoadResult, cancelled: threading.Event) -> AdapterResult:
         bank = cast("AdapterBank | None", base.adapters)

@@ -2,11 +2,13 @@
 
 import dataclasses
 import gc
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -99,7 +101,7 @@ def test_warmup_keeps_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_warmup_runs_shared_kernels_once(sizes: list[Bucket], caplog: pytest.LogCaptureFixture) -> None:
     warmup = Warmups(torch.device("cpu"), CONFIG).open()
     warmup.finish()
-    assert warmup.num_steps == 5  # sampled and masked answers with and without sorting, and greedy ones
+    assert warmup.num_steps == 4 + len(sizes)  # sampled and masked answers with and without sorting
     assert set(sizes) == {bucket.within(8, 96) for bucket in standard()}
     assert "ended early" not in caplog.text
 
@@ -113,15 +115,76 @@ def test_warmup_runs_once_per_shape(tmp_path: Path) -> None:
     first.wait()
     first.finish()
     assert not stage.busy
-    assert stage.begin(blueprint, kv, torch.float32, SLAB) is None
+    assert stage.begin(blueprint, kv, torch.float32, SLAB) is first
     other = stage.begin(blueprint, kv, torch.float16, SLAB)
     assert other is not None
+    assert other is not first
     other.finish()
     assert stage.begin(dataclasses.replace(blueprint, spec=None), kv, torch.float32, SLAB) is None
 
 
+def test_load_waits_for_the_largest_prompt(tmp_path: Path, sizes: list[Bucket]) -> None:
+    blueprint, kv = drawn("llama", tmp_path)
+    config = msgspec.structs.replace(CONFIG, max_batch_tokens=512)
+    warmup = Warmups(torch.device("cpu"), config).begin(blueprint, kv, torch.float32, SLAB)
+    assert warmup is not None
+    warmup.finish()
+    prompts = [bucket.num_tokens for bucket in sizes if bucket.max_query_len > 1]
+    assert prompts == sorted(prompts, reverse=True)
+    assert prompts[0] == 256
+
+
+def test_warmup_knows_the_sizes_that_it_has_run() -> None:
+    first, second, never = (Bucket(tokens, 1, tokens, 1024) for tokens in (256, 128, 64))
+    may_end = threading.Event()
+
+    def steps() -> Iterator[Bucket | None]:
+        yield None
+        yield first
+        may_end.wait(60)
+        yield second
+
+    warmup = Warmup([steps], torch.device("cpu"))
+    warmup.wait()
+    assert warmup.has_run(first)
+    assert not warmup.has_run(second)
+    may_end.set()
+    warmup.finish()
+    assert warmup.has_run(second)
+    assert warmup.has_run(never), "no step of it will come"
+
+
+def test_warmups_compile_for_a_model_what_both_of_its_warmups_have_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end = threading.Event()
+    small = Bucket(16, 8, 16, 4194304)
+
+    def run_padded(runner: ModelRunner, bucket: Bucket) -> torch.Tensor:
+        if bucket == small:
+            may_end.wait(60)
+        return torch.zeros(0)
+
+    stage = Warmups(torch.device("cpu"), CONFIG)
+    blueprint, kv = drawn("llama", tmp_path)
+    monkeypatch.setattr(ModelRunner, "run_padded", lambda runner, bucket: torch.zeros(0))
+    stage.open().finish()
+    monkeypatch.setattr(ModelRunner, "run_padded", run_padded)
+    own = stage.begin(blueprint, kv, torch.float32, SLAB)
+    assert own is not None
+    own.wait()
+    largest = Bucket(64, 8, 64, 4194304)
+    assert stage.has_compiled(own, largest)
+    assert not stage.has_compiled(own, small)
+    assert not stage.has_compiled(None, largest), "a model without a warmup waits for all of them"
+    may_end.set()
+    own.finish()
+    assert stage.has_compiled(own, small)
+    assert stage.has_compiled(None, largest)
+
+
 def test_warmup_failure_blocks_no_load(caplog: pytest.LogCaptureFixture) -> None:
-    def steps() -> Iterator[bool]:
+    def steps() -> Iterator[Bucket | None]:
         raise RuntimeError("no compiler")
 
     warmup = Warmup([steps], torch.device("cpu"))

@@ -212,13 +212,18 @@ def idle_pool(limit_bytes: int = 1000) -> GraphPool:
 
 
 def member(
-    pool: GraphPool, log: list[str], name: str, *likely: Bucket, ready: Callable[[], bool] = lambda: True
+    pool: GraphPool,
+    log: list[str],
+    name: str,
+    *likely: Bucket,
+    ready: Callable[[], bool] = lambda: True,
+    compiled: Callable[[Bucket], bool] = lambda bucket: True,
 ) -> ModelGraphs:
     def run(bucket: Bucket) -> torch.Tensor:
         log.append(f"{name}{bucket.num_rows}")
         return torch.zeros(0)
 
-    return ModelGraphs(name, pool, lambda: None, run, ready, likely)
+    return ModelGraphs(name, pool, lambda: None, run, ready, likely, compiled)
 
 
 def test_idle_turns_capture_what_is_likely_model_by_model_one_thing_a_turn() -> None:
@@ -244,6 +249,25 @@ def test_cuda_graphs_capture_asked_sizes_before_likely_ones() -> None:
         use(graphs, asked)
     capture_next(pool, {"a": graphs})
     assert log == ["a96"]
+
+
+def test_idle_turns_capture_sizes_whose_kernels_are_compiled_beside_a_warmup() -> None:
+    """A size that a step requested waits for its kernels, and keeps no other from being captured."""
+    compiled: set[Bucket] = set()
+    log: list[str] = []
+    pool = idle_pool()
+    small, large, asked = (Bucket(rows, rows, 1, 1024) for rows in (1, 32, 96))
+    graphs = member(pool, log, "a", small, large, compiled=compiled.__contains__)
+    for _ in range(2):
+        use(graphs, asked)
+    capture_all(pool, {"a": graphs})
+    assert log == []
+    for bucket, name in ((large, "a32"), (asked, "a96"), (small, "a1")):
+        compiled.add(bucket)
+        capture_all(pool, {"a": graphs})
+        assert log == [name, name]
+        log.clear()
+    assert graphs.num_graphs == 3
 
 
 def test_likely_graphs_leave_half_of_the_memory_to_those_asked_for() -> None:

@@ -54,16 +54,18 @@ _GREEDY = SamplingParams(temperature=0.0)
 _SAMPLED = (SamplingParams(temperature=1.0, seed=1), SamplingParams(temperature=1.0, top_p=0.9, seed=1))
 
 
-Part = Callable[[], Iterator[bool]]
+Part = Callable[[], Iterator[Bucket | None]]
+"""Runs steps. Yields after each of them its bucket, or None if it had its own sizes. A load waits for the first bucket of each part."""
 
 
 @dataclass(slots=True)
 class Warmups:
-    """Starts warmups and records what this process has warmed up. Safe to use from several loading threads."""
+    """Starts warmups and keeps those of this process. Safe to use from several loading threads."""
 
     device: torch.device
     config: EngineConfig
-    _known: set[object] = field(default_factory=set)
+    _shared: "Warmup | None" = None
+    _known: "dict[object, Warmup]" = field(default_factory=dict)
     _running: list["Warmup"] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     # Torch takes streams from a small pool, so a new stream for each warmup would at some point be the stream on which a graph is captured.
@@ -82,27 +84,37 @@ class Warmups:
 
     def open(self) -> "Warmup":
         """Start warming up what all models share: the kernels for inputs and sampling."""
-        return self._begin([partial(_shared_steps, self.device, self.config, sorts) for sorts in (False, True)])
+        self._shared = self._begin([partial(_shared_steps, self.device, self.config, sorts) for sorts in (False, True)])
+        return self._shared
 
     def begin(self, blueprint: Blueprint, kv: KvGeometry, kv_dtype: torch.dtype, slab_bytes: int) -> "Warmup | None":
-        """Start warming up a model. Returns None if its own code runs or an equal model was warmed up before."""
+        """Start warming up a model, unless an equal one was warmed up before. Returns its warmup. None = its own code runs, which has no warmup."""
         if blueprint.spec is None:
             return None
         key = _key(blueprint, kv_dtype)
         with self._lock:
             if key in self._known:
-                return None
-            self._known.add(key)
-        twin = partial(_twin, blueprint, kv, kv_dtype, slab_bytes, _shared_zeros(self.device))
-        facts = facts_of(blueprint, kv)
-        return self._begin(
-            [partial(_model_steps, twin, facts, self.device, self.config, decode) for decode in (False, True)]
-        )
+                return self._known[key]
+            twin = partial(_twin, blueprint, kv, kv_dtype, slab_bytes, _shared_zeros(self.device))
+            facts = facts_of(blueprint, kv)
+            warmup = self._known[key] = self._start(
+                [partial(_model_steps, twin, facts, self.device, self.config, decode) for decode in (False, True)]
+            )
+        return warmup
+
+    def has_compiled(self, own: "Warmup | None", bucket: Bucket) -> bool:
+        """Return whether warmups have compiled the kernels of a model's step of a bucket, or none will. `own`: the model's warmup."""
+        if own is None or self._shared is None:
+            return not self.busy
+        return own.has_run(bucket) and self._shared.has_run(bucket)
 
     def _begin(self, parts: Sequence[Part]) -> "Warmup":
-        warmup = Warmup(parts, self.device, self._streams)
         with self._lock:
-            self._running.append(warmup)
+            return self._start(parts)
+
+    def _start(self, parts: Sequence[Part]) -> "Warmup":
+        warmup = Warmup(parts, self.device, self._streams)
+        self._running.append(warmup)
         return warmup
 
 
@@ -114,6 +126,7 @@ class Warmup:
     ) -> None:
         self._device = device
         self.num_steps = 0
+        self._buckets: set[Bucket] = set()  # that have run
         self._ready = [threading.Event() for _ in parts]
         self._threads = [
             threading.Thread(target=self._run, args=(part, ready, stream), name="warmup", daemon=True)
@@ -125,6 +138,10 @@ class Warmup:
     @property
     def over(self) -> bool:
         return not any(thread.is_alive() for thread in self._threads)
+
+    def has_run(self, bucket: Bucket) -> bool:
+        """Return whether a step of the bucket has run, or all steps that will run have."""
+        return bucket in self._buckets or self.over
 
     def wait(self) -> None:
         """Wait for the steps that a first request needs. The other steps continue."""
@@ -140,9 +157,12 @@ class Warmup:
         begun_s, ready_s = time.monotonic(), 0.0
         try:
             with torch.inference_mode(), self._on(stream):
-                for first_done in part():
+                for bucket in part():
                     self.num_steps += 1
-                    if first_done and not ready.is_set():
+                    if bucket is None:
+                        continue
+                    self._buckets.add(bucket)
+                    if not ready.is_set():
                         ready_s = time.monotonic() - begun_s
                         ready.set()
                 if stream is not None:
@@ -170,49 +190,53 @@ def _state(device: torch.device, config: EngineConfig) -> DeviceState:
     return DeviceState.create(device, own)
 
 
-def _shared_steps(device: torch.device, config: EngineConfig, sorts: bool) -> Iterator[bool]:
+def _shared_steps(device: torch.device, config: EngineConfig, sorts: bool) -> Iterator[Bucket | None]:
     """Run a model that consists of logits only: a short answer in each type that logits have."""
     state = _state(device, config)
     for dtype in (torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32,):
         runner = ModelRunner(_nothing_but_logits(dtype, device), _FACTS, config, state)
         _answer(runner, _SAMPLED[sorts])
-        yield True
+        yield None
         _answer(runner, _SAMPLED[sorts], masked=True)
-        yield True
+        yield None
         if not sorts:
             _answer(runner, _GREEDY)
             state.uploads.blank()
             for bucket in _within(state):
                 runner.run_padded(bucket)
-            yield True
+                yield bucket
         runner.close()
 
 
 def _model_steps(
     twin: Callable[[], BuiltModel], facts: ModelFacts, device: torch.device, config: EngineConfig, decode: bool
-) -> Iterator[bool]:
-    """Run a step before each yielded value, which is True once the steps that a first request needs have run.
-
-    Prefill and decode are separate parts.
-    """
+) -> Iterator[Bucket | None]:
+    """Run prefill or decode, which are separate parts."""
     state = _state(device, config)
     runner = ModelRunner(twin(), facts, config, state)
     if not decode:
         _answer(runner, _GREEDY)
-        yield False
+        yield None
     state.uploads.blank()
-    buckets = [bucket for bucket in _within(state) if (bucket.max_query_len == 1) is decode]
-    # Products tile their rows by powers of two up to the largest of these sizes, so a prompt of any length finds its kernels compiled. A load waits
-    # for that size alone, because each further one compiles for seconds.
-    prompts = [] if decode else [bucket for bucket in reversed(buckets) if bucket.num_tokens in _PROMPT_SIZES]
-    for bucket in prompts:
+    for bucket in _decode_sizes(state) if decode else _prompt_sizes(state):
         runner.run_padded(bucket)
-        yield True
-    for bucket in buckets:
-        if bucket.num_tokens <= _FEW_TOKENS and bucket not in prompts:
-            runner.run_padded(bucket)
-            yield True
+        yield bucket
     runner.close()
+
+
+def _decode_sizes(state: DeviceState) -> list[Bucket]:
+    return [bucket for bucket in _within(state) if bucket.max_query_len == 1 and bucket.num_tokens <= _FEW_TOKENS]
+
+
+def _prompt_sizes(state: DeviceState) -> list[Bucket]:
+    """Return sizes of prompts, the largest first.
+
+    Products tile their rows by powers of two up to the largest size, so a prompt of any length finds its kernels compiled. A load waits for the largest
+    size alone, because each further one compiles for seconds.
+    """
+    prompts = [bucket for bucket in _within(state) if bucket.max_query_len > 1]
+    used = [bucket for bucket in prompts if bucket.num_tokens in _PROMPT_SIZES or bucket.num_tokens <= _FEW_TOKENS]
+    return sorted(used, key=lambda bucket: (-bucket.num_tokens, bucket.num_rows))
 
 
 def _within(state: DeviceState) -> list[Bucket]:

@@ -123,11 +123,12 @@ class GraphPool:
 
     def next_capture(self) -> GraphCapture | None:
         """Return what to do next for the bucket that was requested first, or else for a likely one. None = there is nothing to do."""
-        while self._wanted:
-            graphs, bucket = self._wanted[0]
+        for graphs, bucket in tuple(self._wanted):
+            if not graphs.compiled(bucket):
+                continue
             if (capture := graphs.next_of(bucket)) is not None:
                 return capture
-            self._wanted.popleft()
+            self._wanted.remove((graphs, bucket))
         if self.has_spare:
             for graphs in sorted(self._members, key=lambda member: member.num_graphs):
                 bucket_ahead = graphs.ahead()
@@ -200,6 +201,7 @@ class ModelGraphs:
         run: runs a forward pass padded to the bucket's sizes and returns its logits.
         ready: whether the weights are in device memory.
         likely: buckets to capture before any step requests them, in this order.
+        compiled: whether the kernels of a bucket are compiled. Idle turns capture no other buckets.
     """
 
     def __init__(
@@ -210,14 +212,16 @@ class ModelGraphs:
         run: Callable[[Bucket], torch.Tensor],
         ready: Callable[[], bool],
         likely: Sequence[Bucket] = (),
+        compiled: Callable[[Bucket], bool] = lambda bucket: True,
     ) -> None:
+        self.compiled = compiled
         self._name = name
         self._pool = pool
         self._refused = False
         self._blank = blank
         self._run = run
         self._ready = ready
-        self._likely = deque(likely)
+        self._likely = list(likely)
         self._graphs: dict[Bucket, StepGraph] = {}  # least recently used first
         # buckets without a graph → the smallest one whose graph may run their steps
         self._covers: dict[Bucket, Bucket | None] = {}
@@ -234,13 +238,12 @@ class ModelGraphs:
         """Capture these buckets before any step requests them, too. They take turns with those that are due, which are as likely."""
         further = [bucket for bucket in likely if bucket not in self._likely]
         turns = zip_longest(self._likely, further)
-        self._likely = deque(bucket for turn in turns for bucket in turn if bucket is not None)
+        self._likely = [bucket for turn in turns for bucket in turn if bucket is not None]
 
     def ahead(self) -> Bucket | None:
-        """Return the first likely bucket without a graph, or None."""
-        while self._likely and self._likely[0] in self._graphs:
-            self._likely.popleft()
-        return self._likely[0] if self._likely else None
+        """Return the first likely bucket without a graph whose kernels are compiled, or None."""
+        self._likely = [bucket for bucket in self._likely if bucket not in self._graphs]
+        return next(filter(self.compiled, self._likely), None)
 
     def choose(self, bucket: Bucket, wide: Bucket | None = None) -> GraphChoice:
         """Count a use of `bucket`, and choose how its step runs. `wide`: covers it and other buckets; captured instead if memory is short."""

@@ -50,6 +50,7 @@ class ModelRunner:
     """Runs one built model.
 
     `weights_ready`: whether the last byte of the weights has arrived. Graphs wait for that on the host; eager passes wait on the device.
+    `compiled`: whether the kernels of a bucket are compiled. Idle turns capture no other buckets.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class ModelRunner:
         config: EngineConfig,
         state: DeviceState,
         weights_ready: Callable[[], bool] = lambda: True,
+        compiled: Callable[[Bucket], bool] = lambda bucket: True,
     ) -> None:
         del config
         self.facts = facts
@@ -71,7 +73,7 @@ class ModelRunner:
         self._mask_memory = MaskMemory(mask_words(built.vocab_size), state.device)
         likely = tuple(dict.fromkeys(bucket.within(state.max_rows, state.max_tokens) for bucket in standard()))
         self._graphs = ModelGraphs(
-            facts.model_id, state.graphs, state.uploads.blank, self.run_padded, weights_ready, likely
+            facts.model_id, state.graphs, state.uploads.blank, self.run_padded, weights_ready, likely, compiled
         )
 
     def open_row(self, setup: RowSetup) -> None:
