@@ -1,5 +1,7 @@
 """Serves gRPC health checks, with the List method that the library's servicer lacks."""
 
+from __future__ import annotations  # grpcio-health-checking before 1.85 has no messages for List
+
 from typing import Any
 
 import grpc.aio
@@ -8,7 +10,7 @@ from grpc_health.v1._async import HealthServicer
 
 
 class Health:
-    """The servicer. `set` changes the status of a service."""
+    """The servicer. `set` changes the status of a service. With grpcio-health-checking before 1.85, List answers UNIMPLEMENTED."""
 
     def __init__(self) -> None:
         self._checks = HealthServicer()
