@@ -83,7 +83,10 @@ def remove_files(client: AdminClient, uri: str) -> str:
 
 
 def remove(client: AdminClient, args: argparse.Namespace) -> int:
-    """Remove a name, and with --files what the cache holds of its source. Files outside the cache are never touched."""
+    """Remove a name, and with --files what the cache holds of its source. Files outside the cache are never touched.
+
+    A warning names the adapters that lose their base.
+    """
     if args.files and args.json:
         raise InvalidRequest("rm: --files prints no JSON")
     uri = client.model(args.name).uri if args.files else ""
@@ -91,6 +94,11 @@ def remove(client: AdminClient, args: argparse.Namespace) -> int:
     if args.json:
         return 0
     print(f"{args.name} is removed")
+    if adapters := [model.name for model in client.models() if model.settings.get("adapter_of") == args.name]:
+        print(
+            f"warning: {', '.join(adapters)} cannot be loaded until {args.name} is registered again: it was the base",
+            file=sys.stderr,
+        )
     if args.files:
         print(remove_files(client, uri), file=sys.stderr)
     return 0

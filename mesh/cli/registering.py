@@ -11,6 +11,7 @@ from mesh.errors import MeshError
 from mesh.registry.models_file import read_models_file
 
 _NOT_FOUND = 404
+_LOAD_FAILED = 424
 _NF4 = "--quantize nf4"
 
 
@@ -51,12 +52,17 @@ def register_file(client: AdminClient, args: argparse.Namespace) -> int:
 
 
 def print_size(client: AdminClient, request: dict[str, object]) -> None:
-    """Print to stderr what the weights of a model to be registered will take, and a warning if it does not fit. Prints nothing if that is not known."""
+    """Print to stderr what the weights of a model to be registered will take, and a warning if it cannot be loaded.
+
+    Prints nothing if that is not known.
+    """
     name = str(request["name"])
     try:
         with waiting(f"inspecting the files of {name}", enabled=True):
             fit = client.fit({**{key: value for key, value in request.items() if key != "name"}, "sizes_only": True})
-    except MeshError:
+    except MeshError as error:
+        if error.http_status == _LOAD_FAILED:
+            print(f"warning: {name} cannot be loaded: {error.message}", file=sys.stderr)
         return
     if unpacking := unpacking_text(name, fit, _NF4):
         print(unpacking, file=sys.stderr)

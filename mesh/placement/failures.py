@@ -37,6 +37,11 @@ class SeenTimes:
         self._seen.pop(model_id, None)
 
 
+def lost_base_text(base: str) -> str:
+    """Return why an adapter cannot be loaded whose base is not registered. It is not recorded, so that a call works as soon as the base is there."""
+    return f"FAILED_PRECONDITION: its base {base!r} is not registered; register {base!r}, or remove this adapter"
+
+
 def num_failures(record: ModelRecord) -> int:
     """Return the number of failures in a row. Java pods do not count them, so each failed pod counts at least once."""
     return max(record.num_failures, len(record.failed_in))

@@ -17,10 +17,11 @@ from mesh.observability.metrics import Metrics
 from mesh.placement.admission import ROOM_TIMEOUT_S, Admission, DeclinedError
 from mesh.placement.copies import LocalCopies, LocalCopy
 from mesh.placement.deferred_room import DeferredRoom
+from mesh.placement.failures import lost_base_text
 from mesh.placement.load_times import LoadTimes
 from mesh.placement.record_updates import LoadedElsewhere, RecordUpdates, log_errors
 from mesh.placement.unloads import LocalUnloads
-from mesh.registry.registration import over_base
+from mesh.registry.registration import base_of, over_base
 from mesh.types import LoadAnswer, ModelInfo, RuntimeClient, RuntimeLimits
 
 logger = logging.getLogger(__name__)
@@ -223,8 +224,8 @@ class LocalLoads:
         """Have the base of an adapter loaded on this pod. Raises LoadFailed if that is impossible."""
         try:
             base = await self._base_of(copy.info)
-        except NotFound as error:
-            raise LoadFailed(f"its base is not registered: {error.detail}", model=copy.model_id) from None
+        except NotFound:
+            raise LoadFailed(lost_base_text(base_of(copy.info)), model=copy.model_id) from None
         if base is None:
             return
         copy.base_id, info = base

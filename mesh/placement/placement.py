@@ -11,7 +11,7 @@ from common.changes import Changes
 from common.clock import epoch_ms
 from mesh.errors import LoadFailed, MeshError, NotFound, Unavailable
 from mesh.placement.copies import LocalCopies
-from mesh.placement.failures import MAX_FAILURES
+from mesh.placement.failures import MAX_FAILURES, lost_base_text
 from mesh.placement.learned_copies import LearnedCopies
 from mesh.placement.loads import LocalLoads
 from mesh.placement.model_states import ModelStates
@@ -115,6 +115,8 @@ class Placement:
         if now is ModelStatus.LOADED or (now is ModelStatus.LOADING and not wait):
             return status
         if now is not ModelStatus.LOADING:
+            if lost := await self._registry.lost_base(record.info):
+                return StatusInfo(ModelStatus.LOADING_FAILED, (lost_base_text(lost),))
             if retry_failed:
                 await self._clear_failures(model_id)
             elif self._states.blocked_for_s(model_id) > 0:

@@ -135,6 +135,14 @@ class Registry:
             return name
         raise self._unknown(name)
 
+    async def lost_base(self, info: ModelInfo) -> str:
+        """Return the name of an adapter's base if it is not registered, else ""."""
+        try:
+            await self.base_of(info)
+        except NotFound:
+            return base_of(info)
+        return ""
+
     async def base_of(self, info: ModelInfo) -> tuple[str, ModelInfo] | None:
         """Return the model whose LoRA adapter this is, or None if it is none. Raises NotFound for a base that is not registered."""
         name = base_of(info)

@@ -42,6 +42,7 @@ class Switches:
     fail: dict[str, str] = field(default_factory=dict)
     crash: set[str] = field(default_factory=set)  # paths whose load ends as INTERNAL
     invalid: dict[str, str] = field(default_factory=dict)  # by path: why `fit` refuses it as an invalid argument
+    unreadable: dict[str, str] = field(default_factory=dict)  # by path: why `fit` finds that it cannot be loaded
     unpacking: dict[str, dict[str, Any]] = field(default_factory=dict)  # by path: fields of the answer of `fit`
     loading_concurrency: int = 4
     unavailable: int = 0  # so many inference calls answer UNAVAILABLE / 503
@@ -334,6 +335,10 @@ class _State(RuntimeStateServicer):
         self._runtime.fits.append(request)
         if request.model_path in self._runtime.switches.invalid:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, self._runtime.switches.invalid[request.model_path])
+        if request.model_path in self._runtime.switches.unreadable:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION, self._runtime.switches.unreadable[request.model_path]
+            )
         size = self._runtime.size_of(request.model_path)
         fits = size <= self._runtime.switches.capacity_bytes
         return state_pb.FitResponse(

@@ -180,3 +180,14 @@ async def test_adapter_choice_failure_says_why_the_base_failed(pod: RunningPod) 
     assert status == 424
     for words in ("its base base__", "weights are truncated"):
         assert words in answer["error"]["message"]
+
+
+async def test_adapter_is_loaded_as_soon_as_its_base_is_registered_again(pod: RunningPod) -> None:
+    async with pod.http.delete("/admin/v1/models/base") as removal:
+        assert removal.status == 204
+    for _ in range(2):
+        status, answer, _ = await pod.chat("sql")
+        assert status == 424
+        assert "its base 'base' is not registered; register 'base'" in answer["error"]["message"]
+    await pod.name("base", "/base")
+    assert (await called(pod, "sql")).startswith("sql__")

@@ -139,6 +139,23 @@ async def test_register_shows_what_the_weights_take(pod: RunningPod, say: Say) -
     assert "warning: big cannot be loaded here: too large" in (await say("register", "big", "/big"))[2]
 
 
+async def test_register_warns_of_files_that_cannot_be_loaded(pod: RunningPod, say: Say) -> None:
+    pod.runtime.switches.unreadable["/sql"] = "/sql is a LoRA adapter"
+    status, out, note = await say("register", "sql", "/sql")
+    assert (status, out, note) == (
+        0,
+        "sql is registered (new)\n",
+        "warning: sql cannot be loaded: /sql is a LoRA adapter\n",
+    )
+
+
+async def test_rm_of_a_base_names_its_adapters(pod: RunningPod, say: Say) -> None:
+    for arguments in (("base", "/base"), ("other", "/other"), ("sql", "/sql", "--adapter-of", "base")):
+        assert (await say("register", *arguments))[0] == 0
+    assert (await say("rm", "other"))[2] == ""
+    assert "sql cannot be loaded until base is registered again" in (await say("rm", "base"))[2]
+
+
 async def test_register_says_what_a_gguf_file_takes_before_it_is_registered(
     pod: RunningPod, say: Say, tmp_path: Path
 ) -> None:
