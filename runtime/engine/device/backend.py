@@ -221,7 +221,6 @@ class EngineBackend:
             taken_s = time.monotonic()
             bank: AdapterBank | None = None
             try:
-                all_reduce = None if self._group is None else self._group.all_reduce
                 bank = AdapterBank(
                     hardware.memory.reserve(hardware.memory.total_slabs),
                     blueprint.targets,
@@ -230,7 +229,9 @@ class EngineBackend:
                     config.max_adapter_rank,
                     None if blueprint.spec is None else blueprint.spec.activation,
                 )
-                built = assemble(blueprint, memory.weights_view, memory.kv_view, kv, kv_dtype, memory, all_reduce, bank)
+                built = assemble(
+                    blueprint, memory.weights_view, memory.kv_view, kv, kv_dtype, memory, self._group, bank
+                )
                 runner = ModelRunner(
                     built,
                     facts_of(blueprint, kv),

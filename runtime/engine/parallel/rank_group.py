@@ -6,6 +6,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from runtime.engine.parallel.shard import Shard
 
@@ -48,6 +49,15 @@ class RankGroup:
             return self._shared.all_reduce(tensor)
         dist.all_reduce(tensor)
         return tensor
+
+    def gather(self, part: Tensor, num_columns: int) -> Tensor:
+        """Return rows of `num_columns` columns. `part` [rows, columns]: those of this rank, as `Shard.slice_of` divides them."""
+        size = self.shard.size
+        lengths = [Shard(rank, size).slice_of(num_columns)[1] for rank in range(size)]
+        padded = functional.pad(part, (0, max(lengths) - part.shape[1])).contiguous()  # Parts must be of one length.
+        parts = padded.new_empty(size, *padded.shape)
+        dist.all_gather_into_tensor(parts.flatten(0, 1), padded)
+        return torch.cat([one[:, :length] for one, length in zip(parts, lengths, strict=True)], 1)
 
 
 def _reach_each_other(shard: Shard, device: torch.device) -> bool:

@@ -32,10 +32,10 @@ from runtime.engine.model.build.weight_loader import WeightFiller
 from runtime.engine.model.cpu.onednn_layout import OneDnnLayout, OneDnnMatrix
 from runtime.engine.model.run.adapters import StepPort
 from runtime.engine.model.run.attention import IMPLEMENTATION
+from runtime.engine.model.run.collectives import Collectives
 from runtime.engine.model.run.fused_spec import HeadPart, StackSpec
 from runtime.engine.model.run.fused_stack import FusedStack
 from runtime.engine.model.run.kv_geometry import AttentionGeometry, attention_geometry, kv_planes
-from runtime.engine.model.run.linear import AllReduce
 from runtime.engine.model.run.rope import fix_frequencies, rotary_tables
 from runtime.engine.model.run.step import BuiltModel, CausalForward
 from runtime.engine.model.run.unfused import UnfusedForward
@@ -167,12 +167,12 @@ def assemble(
     kv: KvGeometry,
     kv_dtype: torch.dtype,
     arrival: WeightReadiness,
-    all_reduce: AllReduce | None = None,
+    ranks: Collectives | None = None,
     bank: AdapterBank | None = None,
 ) -> BuiltModel:
     """Return a runnable model over `weights` and `kv_memory`, without reading either.
 
-    Both are uint8 on the engine's device, at addresses that do not change. `all_reduce` sums over the ranks of a tensor-parallel group.
+    Both are uint8 on the engine's device, at addresses that do not change. `ranks` joins what the ranks of a tensor-parallel group compute.
     `bank`: the model's adapters; None = it takes none.
     """
     targets = () if bank is None else bank.targets
@@ -195,7 +195,7 @@ def assemble(
             blueprint.quantization,
             arrival,
             blueprint.layout.layer_groups,
-            all_reduce,
+            ranks,
             targets,
             blueprint.head,
         )

@@ -19,9 +19,10 @@ from runtime.engine.kernels.quantized_rows import QuantizedRows
 from runtime.engine.memory.weight_readiness import WeightReadiness
 from runtime.engine.model.run.adapters import AdapterSite, StepAdapters
 from runtime.engine.model.run.attention import attend, rope_write
+from runtime.engine.model.run.collectives import Collectives
 from runtime.engine.model.run.fused_spec import HeadPart, LayerSpec, LinearRef, StackSpec
 from runtime.engine.model.run.layer_inputs import gated, input_codes, normed, product
-from runtime.engine.model.run.linear import AllReduce, Linear, SplitLinear, make_linear
+from runtime.engine.model.run.linear import Linear, SplitLinear, make_linear
 from runtime.engine.model.run.rope import RotaryTable
 from runtime.engine.model.run.step import StepContext
 
@@ -62,7 +63,7 @@ class FusedStack:
         views: every tensor of the image by name, including the joined ones.
         tables: rotary tables by layer type.
         layer_groups: as in WeightLayout.
-        all_reduce: sums over the ranks of a tensor-parallel group; None = one rank.
+        ranks: joins what the ranks of a tensor-parallel group compute; None = one rank.
         targets: the layers' linear modules, as adapters number them; empty = the stack takes no adapters.
         head: this rank's part of the output projection; None = all of it.
     """
@@ -75,14 +76,14 @@ class FusedStack:
         quantization: Quantization,
         arrival: WeightReadiness,
         layer_groups: Sequence[int],
-        all_reduce: AllReduce | None = None,
+        ranks: Collectives | None = None,
         targets: Sequence[AdapterTarget] = (),
         head: HeadPart | None = None,
     ) -> None:
         self._spec = spec
         self._tables = dict(tables)
         self._arrival = arrival
-        self._all_reduce = all_reduce
+        self._ranks = ranks
         self._embed = views[f"{spec.embed}.weight"]
         self._norm = views[f"{spec.norm}.weight"]
         self._dtype = self._norm.dtype
@@ -184,17 +185,15 @@ class FusedStack:
 
     def _summed(self, out: Tensor) -> Tensor:
         """Sum the outputs, adapters included, of a layer whose inputs are divided among ranks."""
-        return out if self._all_reduce is None else self._all_reduce(out)
+        return out if self._ranks is None else self._ranks.all_reduce(out)
 
     def _of_all_tokens(self, part: Tensor) -> Tensor:
         """Return the logits of all tokens from those that this rank computes. They are the same bits on all ranks, so that each draws the same tokens."""
         if self._head is None:
             return part
-        logits = part.new_zeros(len(part), self._head.size)
-        logits.narrow(1, self._head.start, self._head.length).copy_(part)
-        if self._all_reduce is not None:
-            logits.copy_(self._all_reduce(logits))  # A sum may lie in memory that the next sum overwrites.
-        return logits
+        if self._ranks is None:  # a warmup, which runs on one rank alone
+            return functional.pad(part, (self._head.start, self._head.size - self._head.start - self._head.length))
+        return self._ranks.gather(part, self._head.size)
 
     def _scaled(self, branch: Tensor, norm: Tensor | None) -> Tensor:
         """Apply the norm and the scale that a branch's output needs before it is added to the residual."""

@@ -1,6 +1,5 @@
 """Provides linear layers over views of the weights image: unquantised, 4-bit, int8 and fp8."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,10 +74,6 @@ class SplitLinear:
 
     def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
         return torch.cat([part(x, scratch) for part in self.parts], -1)
-
-
-AllReduce = Callable[[Tensor], Tensor]
-"""Returns the sum of a tensor over the ranks of a tensor-parallel group. May overwrite the tensor."""
 
 
 class LinearModule(nn.Module):
