@@ -1,4 +1,4 @@
-"""Ollama's API: chats and completions are forwarded to a copy of the model, lists of models are answered here."""
+"""Ollama's API: chats, completions and embeddings are forwarded to a copy of the model, lists of models are answered here."""
 
 import re
 from typing import Any
@@ -52,7 +52,7 @@ class OllamaRoutes:
         router.add_post("/api/chat", self._chat)
         router.add_post("/api/generate", self._generate)
         for path in ("/api/embed", "/api/embeddings"):
-            router.add_post(path, self._refuse_embeddings)
+            router.add_post(path, self._embed)
         for path in ("/api/pull", "/api/push", "/api/create", "/api/copy"):
             router.add_post(path, self._refuse_registration)
         router.add_delete("/api/delete", self._refuse_registration)
@@ -108,8 +108,9 @@ class OllamaRoutes:
             await self._registry.resolve_known(asked, virtual=False)
         return asked
 
-    async def _refuse_embeddings(self, request: web.Request) -> web.Response:
-        raise NotSupported(f"{request.path} is not supported: no model here makes embeddings")
+    async def _embed(self, request: web.Request) -> web.StreamResponse:
+        body = await self._gateway.read(request)
+        return await self._gateway.forward(request, body, await self._name(decode(body, _Body).model))
 
     async def _refuse_registration(self, request: web.Request) -> web.Response:
         raise NotSupported(f"{request.path} is not supported: register models with POST /admin/v1/models")

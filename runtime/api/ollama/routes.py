@@ -1,4 +1,4 @@
-"""Ollama's POST /api/chat, /api/generate and /api/show. The mesh answers the routes that list models itself."""
+"""Ollama's POST /api/chat, /api/generate, /api/embed and /api/show. The mesh answers the routes that list models itself."""
 
 from typing import TypeVar
 
@@ -6,9 +6,11 @@ import msgspec
 from aiohttp import web
 
 from runtime.api.grammars import guide_answer
-from runtime.api.model_lookup import MODEL_ID_HEADER, find_model
+from runtime.api.model_lookup import MODEL_ID_HEADER
 from runtime.api.ollama.as_chat import as_chat, check_keep_alive, notes_of, prompt_as_chat, unknown_options
+from runtime.api.ollama.embed import Embed, EmbedAnswer, EmbedRequest, OldEmbedAnswer, OldEmbedRequest
 from runtime.api.ollama.lines import AnswerLines, MakeLine, chat_line, generate_line, loaded_line
+from runtime.api.ollama.lookup import find_tagged
 from runtime.api.ollama.show import show
 from runtime.api.ollama.types import (
     ChatLine,
@@ -31,7 +33,7 @@ from runtime.api.openai.types import ChatBody
 from runtime.api.protocol_errors import ErrorShape
 from runtime.api.route import Route
 from runtime.api.tokenization import encode_text
-from runtime.errors import ModelNotFound, NotSupported, RepertoryError
+from runtime.errors import RepertoryError
 from runtime.generation.generator import Generator
 from runtime.generation.limits import check_chars
 from runtime.generation.merge import close
@@ -39,7 +41,6 @@ from runtime.generation.parser import plain_text
 from runtime.generation.parts import Delta
 from runtime.interfaces import ModelDirectory, ServedModel
 
-_TAG = ":latest"
 _Asked = TypeVar("_Asked", bound=Request)
 
 
@@ -59,12 +60,13 @@ class Ollama:
 
     def routes(self) -> list[Route]:
         lines = JSON_LINES.content_type
+        embed = Embed(self._directory, self._generator)
         own = [
             Route("POST", "/api/chat", self._chat, "Answer a chat", ChatRequest, ChatLine, lines),
             Route("POST", "/api/generate", self._generate, "Answer a prompt", GenerateRequest, GenerateLine, lines),
             Route("POST", "/api/show", self._show, "Describe a model", ShowRequest, ShowAnswer),
-            Route("POST", "/api/embed", self._refuse, "Refused: there are no embeddings"),
-            Route("POST", "/api/embeddings", self._refuse, "Refused: there are no embeddings"),
+            Route("POST", "/api/embed", embed.post, "Make embeddings", EmbedRequest, EmbedAnswer),
+            Route("POST", "/api/embeddings", embed.post_old, "Make an embedding", OldEmbedRequest, OldEmbedAnswer),
         ]
         return [_ERRORS.shape(route) for route in own]
 
@@ -120,18 +122,8 @@ class Ollama:
         parsed = await read_body(request, ShowRequest)
         return json_response(show(self._model(request, parsed.body.model or parsed.body.name)), parsed.warning)
 
-    async def _refuse(self, request: web.Request) -> web.Response:
-        raise NotSupported(f"{request.path} is not supported: no model here makes embeddings")
-
     def _model(self, request: web.Request, asked: str) -> ServedModel:
-        """Return the model. Ollama's clients add a tag to a name that has none."""
-        header = request.headers.get(MODEL_ID_HEADER)
-        try:
-            return find_model(self._directory, header, asked)
-        except ModelNotFound:
-            if header or not asked.endswith(_TAG):
-                raise
-        return find_model(self._directory, None, asked.removesuffix(_TAG))
+        return find_tagged(self._directory, request.headers.get(MODEL_ID_HEADER), asked)
 
 
 async def _read(request: web.Request, kind: type[_Asked]) -> Parsed[_Asked]:

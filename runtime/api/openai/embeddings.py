@@ -73,40 +73,39 @@ class Embeddings:
         parsed = await read_body(request, EmbeddingsBody)
         body = parsed.body
         model = model_of(request, self._directory, body.model)
-        embedding = _check(model, body)
-        prompts = await _prompts(model, body, _prefix(model, embedding, body))
-        requests = [
-            GenerationRequest(
-                prompt=tuple(prompt),
-                sampling=_GREEDY,
-                stop=_NOTHING,
-                priority=body.priority or 0,
-                pooling=embedding.pooling,
-                index=index,
-            )
-            for index, prompt in enumerate(prompts)
-        ]
-        pooled = np.stack([np.frombuffer(vector, "<f4") for vector in await self._generator.embed(model, requests)])
-        vectors = await asyncio.to_thread(_applied, embedding.layers, pooled) if embedding.layers else pooled
-        size = vectors.shape[1]
-        if body.dimensions is not None and body.dimensions > size:
-            raise InvalidRequest(
-                f"dimensions must be <= {size}, got {body.dimensions}",
-                model=model.name,
-                param="dimensions",
-                limit=size,
-                value=body.dimensions,
-            )
-        data = [
-            EmbeddingEntry(
-                index,
-                _encoded(shortened(vector, body.dimensions), body.encoding_format),
-            )
-            for index, vector in enumerate(vectors)
-        ]
-        count = sum(map(len, prompts))
+        vectors, count = await embed(model, self._generator, body)
+        data = [EmbeddingEntry(index, _encoded(vector, body.encoding_format)) for index, vector in enumerate(vectors)]
         answer = EmbeddingsAnswer(body.model or model.name, data, EmbeddingsUsage(count, count))
         return json_response(answer, parsed.warning)
+
+
+async def embed(model: ServedModel, generator: Generator, body: EmbeddingsBody) -> tuple[list[Array], int]:
+    """Return the vectors of a request's texts, of `dimensions` if given, and the number of prompt tokens. Raises InvalidRequest naming the field."""
+    embedding = _check(model, body)
+    prompts = await _prompts(model, body, _prefix(model, embedding, body))
+    requests = [
+        GenerationRequest(
+            prompt=tuple(prompt),
+            sampling=_GREEDY,
+            stop=_NOTHING,
+            priority=body.priority or 0,
+            pooling=embedding.pooling,
+            index=index,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    pooled = np.stack([np.frombuffer(vector, "<f4") for vector in await generator.embed(model, requests)])
+    vectors = await asyncio.to_thread(_applied, embedding.layers, pooled) if embedding.layers else pooled
+    size = vectors.shape[1]
+    if body.dimensions is not None and body.dimensions > size:
+        raise InvalidRequest(
+            f"dimensions must be <= {size}, got {body.dimensions}",
+            model=model.name,
+            param="dimensions",
+            limit=size,
+            value=body.dimensions,
+        )
+    return [shortened(vector, body.dimensions) for vector in vectors], sum(map(len, prompts))
 
 
 def _applied(layers: Sequence[Layer], vectors: Array) -> Array:

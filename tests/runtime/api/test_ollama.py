@@ -275,10 +275,32 @@ async def test_keep_alive_is_a_duration(server: Server, given: Any, status: int)
         assert ("keep_alive must be" in await answer.text()) == (status == 400)
 
 
-async def test_embed_is_refused(client: ollama.AsyncClient) -> None:
-    with pytest.raises(ollama.ResponseError, match="embeddings") as caught:
+async def test_embed_answers_with_vectors_of_length_1(tmp_path: Path) -> None:
+    path = tiny.byte_level(tmp_path / "m")
+    (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    model = served(path, "m2", max_model_len=40)
+    async with serve(ScriptedEngine(lambda asked: []), model) as found:
+        client = ollama.AsyncClient(host=found.url)
+        answer = await client.embed(model="m2:latest", input=["the dog", "a"], dimensions=3)
+        one = await client.embed(model="m2", input="the dog", dimensions=3)
+        old = await client.embeddings(model="m2", prompt="the dog")
+        with pytest.raises(ollama.ResponseError, match="the prompt is too long") as caught:
+            await client.embed(model="m2", input="the dog " * 50)
+    assert [len(vector) for vector in answer.embeddings] == [3, 3]
+    assert answer.embeddings[0] == one.embeddings[0] != answer.embeddings[1]
+    assert sum(value * value for value in one.embeddings[0]) == pytest.approx(1)
+    scale = one.embeddings[0][0] / old.embedding[0]
+    assert [value * scale for value in old.embedding[:3]] == pytest.approx(one.embeddings[0])
+    assert scale != pytest.approx(1)
+    assert answer.prompt_eval_count == len(model.text.encode("the dog")) + 1
+    assert caught.value.status_code == 400
+
+
+async def test_embed_refuses_a_model_that_makes_none(client: ollama.AsyncClient) -> None:
+    with pytest.raises(ollama.ResponseError, match="it is not an embedding model") as caught:
         await client.embed(model="m1", input="a")
-    assert caught.value.status_code == 501
+    assert caught.value.status_code == 400
 
 
 async def test_errors_of_the_engine(client: ollama.AsyncClient, server: Server) -> None:

@@ -43,9 +43,9 @@ async def test_ps_lists_loaded_models(pod: RunningPod, client: ollama.AsyncClien
 
 
 @pytest.mark.parametrize("name", ["org/smol", "org/smol:latest"])
-async def test_chat_is_forwarded_by_name(pod: RunningPod, name: str) -> None:
+async def test_inference_is_forwarded_by_name(pod: RunningPod, name: str) -> None:
     model_id = (await pod.model("org/smol"))["model_id"]
-    for path in ("/api/chat", "/api/generate"):
+    for path in ("/api/chat", "/api/generate", "/api/embed", "/api/embeddings"):
         async with pod.http.post(path, json={"model": name, "prompt": "a", "stream": False}) as answer:
             body = await answer.json()
         assert (answer.status, body["answer"], body["path"]) == (200, model_id, path)
@@ -85,9 +85,6 @@ async def test_version_and_refusals(pod: RunningPod, client: ollama.AsyncClient)
     with pytest.raises(ollama.ResponseError, match="served here: org/smol") as caught:
         await client.chat(model="nobody", messages=[{"role": "user", "content": "a"}])
     assert caught.value.status_code == 404
-    with pytest.raises(ollama.ResponseError, match="embeddings") as caught:
-        await client.embed(model="org/smol", input="a")
-    assert caught.value.status_code == 501
     with pytest.raises(ollama.ResponseError, match="/admin/v1/models") as caught:
         await client.pull("llama3")
     assert caught.value.status_code == 501
