@@ -13,6 +13,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from common.log_headers import CALLER_HEADER, LOGGED_HEADER, NAME_HEADER, WAITED_HEADER
+from common.logs import log_fields
 from runtime.observability.request_record import RequestRecord
 
 REQUEST_ID_HEADER = "X-Request-Id"
@@ -73,11 +74,15 @@ def log_end(
     is_poll: bool,
 ) -> None:
     """Log the line of a request that has ended. `header` returns one of its headers, or an empty text. Polls are logged at debug."""
+    level = logging.DEBUG if is_poll else logging.INFO
+    if not logger.isEnabledFor(level):
+        return
     waited_s = _seconds(header(WAITED_HEADER))
-    logger.log(
-        logging.DEBUG if is_poll else logging.INFO,
+    log_fields(
+        logger,
+        level,
         "request",
-        extra={
+        {
             "code": code,
             "method": method,
             "path": path,

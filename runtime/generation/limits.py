@@ -122,8 +122,8 @@ def _longest(num_tokens: int) -> str:
 def check_token_ids(model: ServedModel, token_ids: Sequence[int], *, param: str) -> None:
     """Raise InvalidRequest if an id is outside of the model's vocabulary."""
     size = model.facts.vocab_size
-    bad = next((token for token in token_ids if not 0 <= token < size), None)
-    if bad is not None:
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= size):
+        bad = next(token for token in token_ids if not 0 <= token < size)
         raise InvalidRequest(
             f"{param} has the token id {bad}, which is outside of its vocabulary (0 to {size - 1})",
             model=model.name,

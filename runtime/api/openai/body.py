@@ -36,7 +36,8 @@ class Parsed(Generic[_T]):
 
     def with_unknown(self, names: Iterable[str]) -> "Parsed[_T]":
         """Return the body with further names of fields that are ignored."""
-        return replace(self, unknown=(*self.unknown, *names))
+        added = tuple(names)
+        return replace(self, unknown=(*self.unknown, *added)) if added else self
 
     @property
     def warning(self) -> str | None:

@@ -174,8 +174,10 @@ def truncated(model: ServedModel, body: Shared, prompt: list[int]) -> list[int]:
 
 
 def _logit_bias(model: ServedModel, body: Shared) -> tuple[tuple[int, float], ...]:
+    if not body.logit_bias:
+        return ()
     pairs: list[tuple[int, float]] = []
-    for text, bias in (body.logit_bias or {}).items():
+    for text, bias in body.logit_bias.items():
         try:
             token = int(text)
         except ValueError:
@@ -209,7 +211,9 @@ def _allowed_token_ids(model: ServedModel, body: Shared) -> tuple[int, ...]:
 
 def _bad_words(model: ServedModel, body: Shared) -> tuple[tuple[int, ...], ...]:
     """Return the token sequences of each word, as it is written at the start of a text and after a space."""
-    words = body.bad_words or []
+    words = body.bad_words
+    if not words:
+        return ()
     if len(words) > MAX_BAD_WORDS:
         raise InvalidRequest(
             f"bad_words takes at most {MAX_BAD_WORDS} words, got {len(words)}", model=model.name, param="bad_words"
@@ -234,4 +238,8 @@ def _bad_words(model: ServedModel, body: Shared) -> tuple[tuple[int, ...], ...]:
 
 
 def _first(*values: float | None) -> float:
-    return next(value for value in values if value is not None)
+    """Return the first value that is given. The last one always is."""
+    for value in values:
+        if value is not None:
+            return value
+    raise ValueError("no value is given")

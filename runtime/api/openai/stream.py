@@ -1,6 +1,7 @@
 """Sends one streamed response: headers with the first event, one write per delta, errors as events, keep-alives."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -60,30 +61,34 @@ async def send_events(
     if warning is not None:
         response.headers["Warning"] = warning
     first: asyncio.Task[Delta] = asyncio.ensure_future(_next(deltas))
-    silence: asyncio.Task[None] | None = None
+    comments = _Comments(response, chunks, framing.keep_alive)
     record = RequestRecord.current()
     try:
         done, _ = await asyncio.wait({first}, timeout=KEEP_ALIVE_S)
         if done:
             first.result()
         await response.prepare(request)
-        silence = asyncio.create_task(_keep_alive(response, chunks, framing.keep_alive))
+        comments.start()
+        last = b""
         try:
-            # Each delta resumes every frame of its task. This one has none of the middlewares and handlers, which cost 1 µs each time.
-            await asyncio.create_task(_write_deltas(response, chunks, first, deltas))
+            await _write(response, chunks.delta(await first))
+            second = await anext(deltas, None)
+            if second is not None:
+                # Each delta resumes every frame of its task. This one has none of the middlewares and handlers, which cost 1 µs each time.
+                await asyncio.create_task(_write_deltas(response, chunks, second, deltas))
+            last = chunks.end()
         except ConnectionError:
             record.code = _CANCELLED
         except Exception as error:
             known = internal(error)
             record.code = known.code
-            await response.write(chunks.error(known))
-        silence.cancel()  # nothing may be written after the end
-        await response.write_eof()
+            last = chunks.error(known)
+        comments.stop()  # nothing may be written after the end
+        await response.write_eof(last)
     except ConnectionError:
         record.code = _CANCELLED
     finally:
-        if silence is not None:
-            silence.cancel()
+        comments.stop()
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
         await close(deltas)
@@ -91,32 +96,55 @@ async def send_events(
 
 
 async def _write_deltas(
-    response: web.StreamResponse, chunks: StreamEncoder, first: asyncio.Task[Delta], rest: AsyncIterator[Delta]
+    response: web.StreamResponse, chunks: StreamEncoder, first: Delta, rest: AsyncIterator[Delta]
 ) -> None:
-    data = chunks.delta(await first)
+    await _write(response, chunks.delta(first))
+    async for delta in rest:
+        await _write(response, chunks.delta(delta))
+
+
+async def _write(response: web.StreamResponse, data: bytes) -> None:
     if data:
         await response.write(data)
-    async for delta in rest:
-        data = chunks.delta(delta)
-        if data:
-            await response.write(data)
-        if len(data) > _LARGE_BYTES:
-            await asyncio.sleep(0)  # encoding a prompt's log-probabilities took milliseconds: let other requests run
-    await response.write(chunks.end())
+    if len(data) > _LARGE_BYTES:
+        await asyncio.sleep(0)  # encoding a prompt's log-probabilities took milliseconds: let other requests run
 
 
 async def _next(deltas: AsyncIterator[Delta]) -> Delta:
     return await anext(deltas)
 
 
-async def _keep_alive(response: web.StreamResponse, chunks: StreamEncoder, comment: bytes) -> None:
-    """Send comments while nothing else is sent, since proxies close idle streams."""
-    seen = -1
-    while comment:
-        if chunks.num_events == seen:
-            try:
-                await response.write(comment)
-            except ConnectionError:
-                return
-        seen = chunks.num_events
-        await asyncio.sleep(KEEP_ALIVE_S)
+class _Comments:
+    """Sends comments while nothing else is sent, since proxies close idle streams.
+
+    A timer costs a stream less than a task that sleeps, and few streams are silent for so long.
+    """
+
+    def __init__(self, response: web.StreamResponse, chunks: StreamEncoder, comment: bytes) -> None:
+        self._response = response
+        self._chunks = chunks
+        self._comment = comment
+        self._seen = -1
+        self._timer: asyncio.TimerHandle | None = None
+        self._writing: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._seen = self._chunks.num_events
+        if self._comment:
+            self._timer = asyncio.get_running_loop().call_later(KEEP_ALIVE_S, self._look)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._writing is not None:
+            self._writing.cancel()
+
+    def _look(self) -> None:
+        is_free = self._writing is None or self._writing.done()
+        if is_free and self._chunks.num_events == self._seen:
+            self._writing = asyncio.create_task(self._write())
+        self.start()
+
+    async def _write(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            await self._response.write(self._comment)
