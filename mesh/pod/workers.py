@@ -24,6 +24,7 @@ from mesh.workers.messages import Start
 
 logger = logging.getLogger(__name__)
 
+START_S = 60.0  # in which all workers must listen when the pod starts
 _STABLE_AFTER_S = 30.0  # a worker that ran this long resets the count of failures
 _BACKOFF_S = (0.2, 1.0, 3.0, 10.0)
 _MOST_FAILED_STARTS = 3  # of one worker, while the pod starts
@@ -94,14 +95,17 @@ class PodWorkers:
             self._reserved[carrier] = reserve(address)
 
     async def open(self) -> None:
-        """Start the workers, and return when they listen. Raises OSError if one cannot start."""
+        """Start the workers, and return when they listen. Raises OSError if one cannot start, or does not listen in time."""
         self._supervising = [asyncio.create_task(self._supervise()) for _ in range(self._config.workers)]
         connected = asyncio.create_task(self._connected())
-        await asyncio.wait((connected, *self._supervising), return_when=asyncio.FIRST_COMPLETED)
+        first = asyncio.FIRST_COMPLETED
+        done, _ = await asyncio.wait((connected, *self._supervising), timeout=START_S, return_when=first)
         if not connected.done():
             connected.cancel()
-            for ended in (task for task in self._supervising if task.done()):
+            for ended in done:
                 ended.result()
+        if not done:
+            raise OSError(f"{self._control.num_listening} of {self._config.workers} workers listen after {START_S:g} s")
         self._is_open = True
 
     async def _connected(self) -> None:

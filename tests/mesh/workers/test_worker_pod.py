@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from mesh.config.schema import MeshConfig
 from mesh.errors import InvalidRequest
 from mesh.pod.pod import Pod
 from mesh.pod.worker_process import RunningWorker
+from mesh.workers.link import Link
+from mesh.workers.messages import ToControl
 from tests.support.envoy import bearer, num_through_mesh, until_carried
 from tests.support.etcd import EtcdServer
 from tests.support.fake_runtime import Switches
@@ -24,6 +27,30 @@ from tests.support.workers import running_worker_pod, start_worker_here
 from wire.fmaas import generation_pb2 as fmaas
 
 FOR_M = (("mm-model-id", "m"),)
+
+
+class SilentSecond:
+    """Starts workers, of which the second stays silent until it is killed."""
+
+    def __init__(self) -> None:
+        self._num_started = 0
+
+    async def start(self) -> RunningWorker:
+        self._num_started += 1
+        if self._num_started != 2:
+            return await start_worker_here()
+        ours, theirs = socket.socketpair()
+        killed = asyncio.Event()
+
+        async def wait() -> int:
+            await killed.wait()
+            return -9
+
+        def kill() -> None:
+            theirs.close()
+            killed.set()
+
+        return RunningWorker(await Link.over(ours, ToControl), kill, wait)
 
 
 @pytest.fixture
@@ -215,6 +242,13 @@ async def test_worker_that_cannot_be_started_is_tried_again(tmp_path: Path, capl
         await until(lambda: len(started) == 2)
         await until(lambda: pod.pod.is_front_connected)
         assert "a worker cannot be started: too many open files" in caplog.text
+
+
+async def test_pod_whose_worker_never_listens_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mesh.pod.workers.START_S", 0.3)
+    with pytest.raises(OSError, match="1 of 2 workers listen"):
+        async with running_worker_pod(tmp_path / "pod", start_worker=SilentSecond().start):
+            pass
 
 
 async def test_worker_stops_carrying_the_calls_of_a_key_that_is_removed_or_limited(tmp_path: Path) -> None:
