@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from runtime.errors import LoadFailed
 
+_MOST_BYTES = 256 << 20  # of a Dense module's file, which is held in host memory: 8192 × 8192 values in float32
 Array = npt.NDArray[np.float32]
 Layer = Callable[[Array], Array]
 """Maps vectors [N, size] to vectors [N, other size], float32."""
@@ -71,6 +72,8 @@ def read_dense(folder: Path, config: DenseConfig) -> Dense:
     if not path.is_file():
         raise LoadFailed(f"{path} is missing: the weights of a Dense module must be safetensors, not pickled")
     try:
+        if (size_bytes := path.stat().st_size) > _MOST_BYTES:
+            raise LoadFailed(f"{path} has {size_bytes} bytes; the limit for a Dense module is {_MOST_BYTES} bytes")
         tensors = load_file(path)
     except (SafetensorError, OSError, TypeError, KeyError) as error:  # numpy has no bfloat16
         raise LoadFailed(f"{path} cannot be read: {type(error).__name__}: {error}") from error

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import struct
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -246,6 +247,9 @@ def test_read_embedding_names_a_dense_module_that_it_cannot_follow(tmp_path: Pat
         (path / "2_Dense" / "config.json").write_text(json.dumps(stated))
         with pytest.raises(LoadFailed, match=words):
             read_embedding(path)
+    os.truncate(path / "2_Dense" / "model.safetensors", (256 << 20) + 1)
+    with pytest.raises(LoadFailed, match="268435457 bytes; the limit for a Dense module is 268435456 bytes"):
+        read_embedding(path)
     (path / "2_Dense" / "model.safetensors").unlink()
     with pytest.raises(LoadFailed, match="not pickled"):
         read_embedding(path)
