@@ -11,14 +11,14 @@ from common.model_state import ModelFigures, Tier
 from runtime.engine.interfaces import KvGeometry
 from runtime.engine.kvcache.host_blocks import HostBlocks
 from runtime.engine.kvcache.prefix import PrefixCache
+from runtime.engine.memory.link_rate import LinkRate
 from runtime.engine.memory.residency import Holder
 from runtime.engine.scheduler.cost_model import CostModel
 from runtime.engine.scheduler.scheduler import Scheduler
 from runtime.ipc.messages import Load
 from runtime.types import ModelFacts
 
-# bytes per second, assumed until a swap-in of the tier was measured
-_GUESSED_BYTES_PER_S = {Tier.HOST: 40e9, Tier.DISK: 1.5e9}
+_GUESSED_DISK_BYTES_PER_S = 1.5e9  # until a swap-in from disk was measured
 
 
 class WeightsStatus(Protocol):
@@ -47,8 +47,11 @@ class LoadedModel:
         swapping: the weights are being copied to the device.
         draining_since_s: since when the model admits no request, until it is evicted.
         faults: steps that failed in a row.
+        swap_tier: the tier that the weights came from at the last swap-in.
         swap_seconds: how long the last swap-in took, per tier that the weights came from.
+        is_awaited: a launched step waits for the weights that are being copied, or has waited for them.
         uses: the uses of all models of the engine.
+        link: the link from host memory, of all models of the engine.
         host_blocks: its KV blocks in host memory; None = nothing is saved.
     """
 
@@ -67,8 +70,11 @@ class LoadedModel:
     faults: int = 0
     evictions: int = 0
     swap_ins: int = 0
+    swap_tier: Tier = Tier.HOST
     swap_seconds: dict[Tier, float] = field(default_factory=dict)
+    is_awaited: bool = False
     uses: DecayedUses = field(default_factory=DecayedUses)
+    link: LinkRate = field(default_factory=LinkRate)
     host_blocks: HostBlocks | None = None
 
     @property
@@ -100,13 +106,32 @@ class LoadedModel:
         """Record that the weights are being copied to `slabs`."""
         self.weight_slabs = slabs
         self.resident_since_s = now
+        self.swap_tier = self.lower_tier  # a copy from disk passes through host memory and may stay there
         self.swapping = True
+        self.is_awaited = False
         self.swap_ins += 1
 
     def finish_swap_in(self, now: float) -> None:
         """Record that the last byte of the weights has arrived."""
         self.swapping = False
-        self.swap_seconds[self.lower_tier] = now - self.resident_since_s
+        seconds = self.swap_seconds[self.swap_tier] = now - self.resident_since_s
+        if self.swap_tier is Tier.HOST:
+            self.link.observe(self.memory.weight_bytes, seconds)
+
+    def arrives_in_s(self, now: float) -> float:
+        """Return in how many seconds the last byte of the weights is expected on the device; 0 if it is there."""
+        if not self.swapping:
+            return 0.0
+        from_host = self.swap_tier is Tier.HOST
+        copy_s = self.memory.weight_bytes / self.link.bytes_per_s if from_host else self._return_s(Tier.DISK)
+        return max(0.0, self.resident_since_s + copy_s - now)
+
+    def await_weights(self, now: float) -> float:
+        """Note that a step is launched. Returns for how long it waits for the weights: only the first one after a swap-in does."""
+        if not self.swapping or self.is_awaited:
+            return 0.0
+        self.is_awaited = True
+        return self.arrives_in_s(now)
 
     def leave_device(self) -> list[int]:
         """Record that the weights were evicted. Returns the slabs that they had."""
@@ -138,8 +163,11 @@ class LoadedModel:
 
     @property
     def return_cost_s(self) -> float:
-        tier = self.lower_tier
-        return self.swap_seconds.get(tier, self.memory.weight_bytes / _GUESSED_BYTES_PER_S[tier])
+        return self._return_s(self.lower_tier)
+
+    def _return_s(self, tier: Tier) -> float:
+        guessed = self.link.bytes_per_s if tier is Tier.HOST else _GUESSED_DISK_BYTES_PER_S
+        return self.swap_seconds.get(tier, self.memory.weight_bytes / guessed)
 
     def has_work(self) -> bool:
         """Whether a step could be planned for the model if it were resident."""

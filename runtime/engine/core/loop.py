@@ -31,18 +31,25 @@ from runtime.types import FinishReason
 _STATS_EVERY_S = 1.0
 _POLL_S = 0.005  # between looks at loads and swap-ins while the engine is idle
 _GRAMMAR_POLL_S = 0.001  # a grammar is made in milliseconds
+_WAITED = 1.25  # a step that took at most so many times as long as the weights that it waited for says nothing about computing
 _FAULTS = 2  # failed steps in a row after which a model is unloaded
 
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """A launched step. `predicted_us` is what the model was charged at the launch."""
+    """A launched step.
+
+    Attributes:
+        predicted_us: what the model was charged at the launch.
+        weights_us: for how long the weights that the step waits for were expected to take.
+    """
 
     model: LoadedModel
     step: Step
     launched: Launched
     tokens: int
     predicted_us: float
+    weights_us: float
 
 
 class EngineLoop:
@@ -219,7 +226,7 @@ class EngineLoop:
         except Exception as error:
             self._fault(model, step, error)
             return True
-        self._flights.append(Flight(model, step, launched, tokens, predicted_us))
+        self._flights.append(Flight(model, step, launched, tokens, predicted_us, model.await_weights(now) * 1e6))
         if masks is not None:
             for sequence, text in masks.failures:
                 self.table.end(model, [sequence], FinishReason.ERROR, now, "INTERNAL", text)
@@ -257,8 +264,10 @@ class EngineLoop:
         model, step = flight.model, flight.step
         if not step.void:
             model.clear_faults()
-        model.cost.observe(flight.tokens, step.kv_tokens, result.device_us, step.num_adapters)
-        self._round_robin.charge(model.model_id, result.device_us - flight.predicted_us)
+        # A step that waited for weights took about as long as they did, unless it computed for longer.
+        if result.device_us > _WAITED * flight.weights_us:
+            model.cost.observe(flight.tokens, step.kv_tokens, result.device_us, step.num_adapters)
+            self._round_robin.charge(model.model_id, result.device_us - flight.predicted_us)
         rows = model.scheduler.settle(step, result, self._clock())
         self.table.emit_rows(model.model_id, rows)
 

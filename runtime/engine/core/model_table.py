@@ -24,6 +24,7 @@ from runtime.engine.grammar.interfaces import MaskSources
 from runtime.engine.interfaces import AdapterBank, AdapterResult, Backend, Drafter, LoadResult
 from runtime.engine.kvcache.blocks import BlockPool
 from runtime.engine.kvcache.prefix import PrefixCache
+from runtime.engine.memory.link_rate import LinkRate
 from runtime.engine.memory.slab_pool import SlabPool
 from runtime.engine.operations import CloseRow, DropHost
 from runtime.engine.scheduler.adapter_use import AdapterUse
@@ -62,6 +63,7 @@ class ModelTable:
         self.rows = RowPool(min(config.max_rows, backend.max_rows, config.max_batch_tokens))
         self.models: dict[str, LoadedModel] = {}
         self.uses = DecayedUses()
+        self.link = LinkRate()
         self._banks: dict[str, AdapterBank] = {}
         self.adapters = AdapterManager(self.slabs, backend.slab_bytes, executor.enqueue)
         self.resident = ResidencyManager(
@@ -130,6 +132,7 @@ class ModelTable:
             min(request.max_waiting, self.config.max_waiting),
             now,
             uses=self.uses,
+            link=self.link,
             host_blocks=host_blocks,
         )
         self.models[model_id] = model

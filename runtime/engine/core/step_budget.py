@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.model_table import ModelTable
+from runtime.engine.scheduler.kv_return import KvReturn
 from runtime.engine.scheduler.limits import KvRoom, Limits
 
 _LEAST_CHUNK = 64  # prefill tokens that every step may have, however short the quantum
@@ -28,7 +29,16 @@ class StepBudget:
             resident.make_room(model, wanted, now)
         if model.draining or not len(scheduler.waiting):
             return Limits(budget, KvRoom(0, 0), 0)
-        return Limits(budget, resident.kv_room(model), self._rows_to_admit(model, num_active))
+        rows = self._rows_to_admit(model, num_active)
+        return Limits(budget, resident.kv_room(model), rows, self._kv_return(model, budget, now))
+
+    def _kv_return(self, model: LoadedModel, budget: int, now: float) -> KvReturn | None:
+        if model.host_blocks is None:
+            return None
+        # On a CPU the cores that read weights compute, too, so that neither hides behind the other.
+        weights_s = 0.0 if self.table.backend.device == "cpu" else model.arrives_in_s(now)
+        copy_s_per_token = model.memory.kv.bytes_per_token / model.link.bytes_per_s
+        return KvReturn(weights_s, copy_s_per_token, model.cost, budget)
 
     def handle_starvation(self, model: LoadedModel, now: float) -> None:
         """Reclaim room from later requests after an empty plan."""

@@ -95,6 +95,20 @@ class PrefixCache:
                 self._references[page] += 1
         return pages
 
+    def fetchable(self, digests: Sequence[bytes]) -> tuple[int, int]:
+        """Return how many of these blocks, counted from the first, are cached or held by the lower tier, and how many of them must be copied in."""
+        lower = self._lower
+        if lower is None:
+            return 0, 0
+        found = copied = 0
+        for digest in digests:
+            if digest not in self._page_of:
+                if not lower.holds(digest):
+                    break
+                copied += 1
+            found += 1
+        return found, copied
+
     def fetch(self, digests: Sequence[bytes], now: float) -> list[int]:
         """Allocate the leading ones of these blocks that the lower tier holds, as far as there is room, and have them copied in.
 

@@ -75,6 +75,10 @@ class CostModel:
         self._p += [[0.0, 0.0, 0.0, self._ignorance, 0.0], [0.0, 0.0, 0.0, 0.0, self._ignorance]]
         self._theta += [0.0, 0.0]
 
+    def prefill_us(self, start: int, end: int, step_tokens: int) -> float:
+        """Return the expected time of a row's tokens from `start` to `end`, in steps of at most `step_tokens`."""
+        return sum(self.predict_us(min(end - at, step_tokens), at) for at in range(start, end, step_tokens))
+
     def tokens_within(self, quantum_us: float, kv_tokens: int, least: int, adapters: int = 0) -> int:
         """Return how many tokens fit into a step of `quantum_us`, at least `least`. `adapters`: the number of different adapters of its rows."""
         a, b, c = self._theta[:3]

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from runtime.engine.scheduler.kv_return import KvReturn
+
 
 @dataclass(frozen=True, slots=True)
 class KvRoom:
@@ -18,8 +20,9 @@ class KvRoom:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds one plan."""
+    """Bounds one plan. `kv_return`: what decides about KV in host memory; None = it is copied back."""
 
     token_budget: int
     room: KvRoom
     admit_rows: int
+    kv_return: KvReturn | None = None

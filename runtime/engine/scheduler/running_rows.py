@@ -2,6 +2,7 @@
 
 from runtime.engine.interfaces import RowSetup
 from runtime.engine.kvcache.prefix import PrefixCache
+from runtime.engine.scheduler.kv_return import KvReturn
 from runtime.engine.scheduler.limits import KvRoom
 from runtime.engine.scheduler.prefix_blocks import prefix_hits, publish_blocks, reusable_hashes
 from runtime.engine.scheduler.reservations import Reservations
@@ -48,13 +49,23 @@ class RunningRows:
             return None
         return hits
 
-    def open(self, sequence: Sequence, hits: int, suppressed: tuple[int, ...], now: float) -> None:
-        """Give the sequence a row, its `hits` cached blocks, and the blocks after them that host memory holds.
+    def open(
+        self,
+        sequence: Sequence,
+        hits: int,
+        suppressed: tuple[int, ...],
+        now: float,
+        kv_return: KvReturn | None = None,
+        queued: int = 0,
+    ) -> None:
+        """Give the sequence a row, its `hits` cached blocks, and the blocks after them that host memory holds, unless `kv_return` finds computing faster.
 
-        `suppressed`: ids that may not be drawn before min_tokens.
+        `suppressed`: ids that may not be drawn before min_tokens. `queued`: tokens that the model computes first.
         """
         sequence.block_ids = self._cache.acquire(sequence.block_hashes[:hits])
-        sequence.block_ids += self._cache.fetch(reusable_hashes(self._cache, sequence)[hits:], now)
+        further = reusable_hashes(self._cache, sequence)[hits:]
+        if kv_return is None or self._returns_faster(further, hits, kv_return, queued):
+            sequence.block_ids += self._cache.fetch(further, now)
         hits = len(sequence.block_ids)
         sequence.num_shared_blocks = sequence.num_published_blocks = hits
         sequence.num_computed_tokens = hits * self._block_tokens
@@ -66,6 +77,12 @@ class RunningRows:
         sequence.count_adapter(running=1)
         self._new_blocks.extend((sequence.row, i, block_id) for i, block_id in enumerate(sequence.block_ids))
         self._opened.append(row_setup(sequence, suppressed))
+
+    def _returns_faster(self, digests: list[bytes], hits: int, kv_return: KvReturn, queued: int) -> bool:
+        """Whether to copy the leading ones of these blocks, which follow `hits` cached ones, from host memory."""
+        found, copied = self._cache.fetchable(digests)
+        size = self._block_tokens
+        return copied > 0 and kv_return.is_faster(hits * size, (hits + found) * size, copied * size, queued)
 
     def close(self, sequence: Sequence, now: float) -> None:
         """Release the sequence's row and blocks. Blocks that it filled stay in the prefix cache."""

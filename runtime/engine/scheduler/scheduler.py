@@ -13,7 +13,7 @@ from runtime.engine.kvcache.prefix import PrefixCache
 from runtime.engine.scheduler.adapter_use import count_adapters
 from runtime.engine.scheduler.admission import blocks_for
 from runtime.engine.scheduler.decode_batch import DecodeBatch
-from runtime.engine.scheduler.limits import KvRoom, Limits
+from runtime.engine.scheduler.limits import Limits
 from runtime.engine.scheduler.lockstep_rows import LockstepRows
 from runtime.engine.scheduler.outputs import Chunk, Step, StopRules, settle_decode, settle_prefill
 from runtime.engine.scheduler.pooling import pooled_spans
@@ -138,7 +138,7 @@ class Scheduler:
             and self.totals.preemptions == preemptions
         ):
             head = self.waiting.head()
-            if head is None or not self._admit(head, limits.room, now):
+            if head is None or not self._admit(head, limits, limits.token_budget - budget, now):
                 break
             admitted += 1
             budget -= self._plan_chunk(head, budget, plan, chunks)
@@ -233,14 +233,16 @@ class Scheduler:
 
     # Admission ------------------------------------------------------------------------------------------------------------------------------
 
-    def _admit(self, sequence: Sequence, room: KvRoom, now: float) -> bool:
+    def _admit(self, sequence: Sequence, limits: Limits, planned: int, now: float) -> bool:
+        """Admit a sequence to a plan of `planned` tokens so far. Returns False if it must wait."""
         if sequence.blocked_until_step > self._settled:
             return False
-        hits = self._running.hits_if_room(sequence, room, now)
+        hits = self._running.hits_if_room(sequence, limits.room, now)
         if hits is None:
             return False
         self.waiting.discard(sequence)
-        self._running.open(sequence, hits, self._rules.suppressed(sequence), now)
+        queued = 0 if limits.kv_return is None else planned + self._unsettled_tokens()
+        self._running.open(sequence, hits, self._rules.suppressed(sequence), now, limits.kv_return, queued)
         self._prefill.append(sequence)
         if not sequence.first_token_sent:
             cached_tokens = min(sequence.num_computed_tokens, sequence.prompt_len)
@@ -251,6 +253,11 @@ class Scheduler:
         if sequence.queued_s is None:
             sequence.queued_s = now - sequence.arrived_s
         return True
+
+    def _unsettled_tokens(self) -> int:
+        """Return the tokens of launched steps, and those of prompts that no step has."""
+        launched = sum(step.plan.num_tokens for step in self._flying)
+        return launched + sum(len(sequence.tokens) - sequence.num_computed_tokens for sequence in self._prefill)
 
     # Results and ends -----------------------------------------------------------------------------------------------------------------------
 

@@ -13,11 +13,12 @@ KV = KvGeometry(4, 4, 8, 2, 256, 64)
 PROMPT = [5 + number % 30 for number in range(41)]
 
 
-def stage_of(*, host_kv_slabs: int = 8, host_slabs: int = 0, weight_slabs: int = 5) -> Stage:
-    """Models a, b and c, of which the device holds one with a conversation of 41 tokens."""
-    specs = {name: FakeSpec(weight_slabs, kv=KV, eos=(), max_model_len=64) for name in "abc"}
+def stage_of(*, host_kv_slabs: int = 8, host_slabs: int = 0, weight_slabs: int = 5, swap_polls: int = 3) -> Stage:
+    """Models a, b and c, of which the device holds one with a conversation of 41 tokens. To compute it takes two milliseconds, and to copy the weights a third of one."""
+    specs = {name: FakeSpec(weight_slabs, kv=KV, eos=(), max_model_len=64, swap_polls=swap_polls) for name in "abc"}
     backend = FakeBackend(specs, total_slabs=weight_slabs + 4, host_kv_slabs=host_kv_slabs, host_slabs=host_slabs)
-    stage = Stage(backend)
+    backend.token_us = 50.0
+    stage = Stage(backend, turn_s=1e-4)
     for name in "ab":
         stage.load(name)
     stage.until_quiet()
@@ -51,6 +52,49 @@ def test_conversation_returns_to_what_fits_the_budget(host_kv_slabs: int, cached
     assert figures.kv_saved_blocks_total - figures.kv_dropped_blocks_total >= cached // 4
     assert figures.prefix_hit_tokens_total == cached
     stage.check_all()
+    stage.close()
+
+
+def test_conversation_is_computed_again_behind_slow_weights() -> None:
+    """Copying the weights hides what the conversation costs to compute. Once they are on the device, its KV comes back."""
+    stage = stage_of(swap_polls=200)
+    ask(stage, "a")
+    ask(stage, "b")
+    assert ask(stage, "a").cached_tokens == 0
+    assert figures_of(stage, "a").kv_restored_blocks_total == 0
+    ask(stage, "b")
+    ask(stage, "a", [9])
+    stage.turn(250)  # until the last byte is there
+    assert ask(stage, "a").cached_tokens == 40
+    assert figures_of(stage, "a").kv_restored_blocks_total == 10
+    stage.check_all()
+    stage.close()
+
+
+def test_step_that_waited_for_weights_teaches_nothing_about_computing() -> None:
+    """Else a model that is called rarely would seem slow to compute, and its KV would be copied where computing is faster."""
+    stage = stage_of(swap_polls=200)
+    model = stage.loop.table.models["b"]
+    for name in "ba":
+        ask(stage, name, [9])
+    before_us = model.cost.predict_us(41, 0)
+    stage.backend.token_us = 450.0  # about as long as its weights take
+    ask(stage, "b", PROMPT)
+    assert model.cost.largest_tokens == 1
+    assert model.cost.predict_us(41, 0) < before_us + 1000
+    stage.backend.token_us = 4500.0
+    ask(stage, "a")
+    ask(stage, "b", [*PROMPT[:20], *PROMPT])
+    assert model.cost.largest_tokens == 61, "it computed for longer than its weights took"
+    stage.close()
+
+
+def test_return_from_disk_counts_as_one_though_the_copy_stays_in_host_memory() -> None:
+    stage = stage_of(host_slabs=6)
+    assert [stage.loop.table.models[name].lower_tier for name in "ab"] == [Tier.HOST, Tier.DISK]
+    ask(stage, "b")
+    model = stage.loop.table.models["b"]
+    assert set(model.swap_seconds) == {Tier.DISK}
     stage.close()
 
 

@@ -96,8 +96,13 @@ def test_blocks_come_back_as_they_left(slabs: int, chunks: int, rng: random.Rand
             wanted = rng.sample(digests, rng.randint(1, 5))
             found = cache.match(wanted)
             pages = cache.acquire(wanted[:found])
+            fetchable, to_copy = cache.fetchable(wanted[found:])
+            restored = host.num_restored
             pages += cache.fetch(wanted[found:], now)
             memories.apply()
+            assert len(pages) - found <= fetchable
+            if len(pages) - found == fetchable:
+                assert host.num_restored - restored == to_copy
             assert [memories.device[name, page] for page in pages] == wanted[: len(pages)]
             # what stopped the search is neither here nor there, or has no room
             rest = wanted[len(pages) :]
