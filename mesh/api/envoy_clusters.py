@@ -20,7 +20,8 @@ CLUSTER_TYPE = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
 _TYPE = "type.googleapis.com/envoy.extensions."
 _UNLIMITED = UInt32Value(value=1_000_000_000)
 _CONNECT_S = 2
-_PING_S = 5
+_PING_S = 2
+_PONG_S = 4
 _NAMESPACE = "repertory"
 _SOCKET_MATCH = "envoy.transport_socket_match"
 # The headers that an endpoint gets, by the keys of its values.
@@ -169,7 +170,7 @@ def _overwriting(header: str, key: str) -> pb.HeaderValueOption:
 
 def _keep_alive() -> pb.KeepaliveSettings:
     """Return the settings of the pings by which frozen processes are found: a stopped process keeps its connections open."""
-    return pb.KeepaliveSettings(interval=Duration(seconds=_PING_S), timeout=Duration(seconds=_PING_S))
+    return pb.KeepaliveSettings(interval=Duration(seconds=_PING_S), timeout=Duration(seconds=_PONG_S))
 
 
 def _secure_socket(tls: PeerTls, carrier: Carrier) -> pb.TransportSocketMatch:

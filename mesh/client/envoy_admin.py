@@ -10,9 +10,9 @@ from mesh.envoy.bootstrap import KEY_STATS
 from mesh.envoy.interfaces import ClusterFigures, EnvoyFigures, KeyCalls
 from mesh.envoy.plan import Carrier
 
-_FILTER = rf"^cluster\.repertory_.*\.upstream_rq_(total|active|time)$|^{KEY_STATS}_"
+_FILTER = rf"^cluster\.repertory_.*\.upstream_rq_(total|active|completed|time)$|^{KEY_STATS}_"
 _LINE = re.compile(
-    r"^cluster\.(?P<name>[a-z0-9_]+)\.upstream_rq_(?P<kind>total|active|time): (?P<value>.*)$", re.MULTILINE
+    r"^cluster\.(?P<name>[a-z0-9_]+)\.upstream_rq_(?P<kind>total|active|completed|time): (?P<value>.*)$", re.MULTILINE
 )
 _KEY_LINE = re.compile(
     rf"^{KEY_STATS}_(?P<carrier>[a-z]+)\.calls\.by\.copy\.code\.(?P<code>[^.]+)\.key\.(?P<key>.+): (?P<value>\d+)$",
@@ -72,7 +72,12 @@ def parse_figures(text: str) -> dict[str, ClusterFigures]:
         elif (median := _MEDIAN.search(line["value"])) is not None and median["recent"] != "nan":
             known["time"] = float(median["recent"]) / 1000
     return {
-        name: ClusterFigures(int(known.get("total", 0)), int(known.get("active", 0)), known.get("time", 0.0))
+        name: ClusterFigures(
+            int(known.get("total", 0)),
+            int(known.get("active", 0)),
+            int(known.get("completed", 0)),
+            known.get("time", 0.0),
+        )
         for name, known in values.items()
     }
 

@@ -14,6 +14,7 @@ from mesh.envoy.plan import CarriedName, Carrier, Cluster, ClusterPlanner, Here,
 from mesh.envoy.view import CarriedNames
 from mesh.observability.metrics import Metrics
 from mesh.placement.copies import LocalCopies
+from mesh.routing.carried_answers import CarriedAnswers, CarriedCount
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class _Gone:
 
 
 class DataPlane:
-    """`here` returns this pod's addresses and peer headers. `is_ready`: whether the pod knows what its runtime holds.
+    """`answers` gets the counts of calls to this pod's runtime. `here` returns this pod's addresses and peer headers. `is_ready`: whether the pod knows what its runtime holds.
 
     `write_files` writes the files that Envoy reads, if they have changed, from the calls that a copy may have at once and the names to list.
     """
@@ -50,6 +51,7 @@ class DataPlane:
         changes: Changes,
         metrics: Metrics,
         stats: EnvoyStats,
+        answers: CarriedAnswers,
         *,
         here: Callable[[], Here],
         is_ready: Callable[[], bool],
@@ -60,6 +62,7 @@ class DataPlane:
         self._changes = changes
         self._metrics = metrics
         self._stats = stats
+        self._answers = answers
         self._here = here
         self._is_ready = is_ready
         self._write_files = write_files
@@ -186,6 +189,7 @@ class DataPlane:
         """Take over what Envoy has counted since the last time."""
         known = await self._stats.figures()
         if known is None:
+            self._answers.note({}, time.monotonic())
             return
         figures = known.clusters
         self._count_keys(known.keys)
@@ -196,12 +200,20 @@ class DataPlane:
                 running[model_id] = running.get(model_id, 0) + figures.get(stat, ClusterFigures()).active
         for model_id, active in running.items():
             self._copies.set_carried(model_id, active)
+        self._answers.note(self._local_counts(figures), time.monotonic())
         self._started = {stat: count for stat, count in self._started.items() if stat in figures}
         kept = {cluster.stat_name for cluster in self._planner.clusters.values()}
         self._models = {
             stat: known
             for stat, known in self._models.items()
             if stat in kept or figures.get(stat, ClusterFigures()).active
+        }
+
+    def _local_counts(self, figures: Mapping[str, ClusterFigures]) -> dict[str, CarriedCount]:
+        return {
+            stat: CarriedCount(model_id, found.started, found.active, found.answered)
+            for stat, (model_id, _, role) in self._models.items()
+            if role is Role.LOCAL and (found := figures.get(stat)) is not None
         }
 
     def _count_keys(self, calls: Mapping[KeyCalls, int]) -> None:

@@ -9,10 +9,14 @@ from mesh.envoy.plan import Carrier, Cluster
 
 @dataclass(frozen=True, slots=True)
 class ClusterFigures:
-    """`started`: calls since the cluster exists. `active`: calls that have not ended. `latency_s`: the recent median, 0 if unknown."""
+    """`started`: calls since the cluster exists. `active`: calls that have not ended. `answered`: calls whose response has begun.
+
+    `latency_s`: the recent median, 0 if unknown.
+    """
 
     started: int = 0
     active: int = 0
+    answered: int = 0
     latency_s: float = 0.0
 
 

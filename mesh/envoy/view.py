@@ -32,7 +32,8 @@ class _World:
 class CarriedNames:
     """`secure_address`: returns the address for mutual TLS of a pod's address, empty if it has none.
 
-    `is_cut_off`: whether only this pod has lost the store, so that its knowledge may be out of date. `carriers`: those that the settings allow.
+    `is_cut_off`: whether only this pod has lost the store, so that its knowledge may be out of date. `is_doubted`: whether the runtime was mute and has
+    not answered since, so that only the mesh sends calls to it, which can take them back. `carriers`: those that the settings allow.
     `carries_limited`: calls of copies with a limit of concurrent calls are carried, by a data plane that counts them.
     """
 
@@ -45,6 +46,7 @@ class CarriedNames:
         *,
         secure_address: Callable[[str], str],
         is_cut_off: Callable[[], bool],
+        is_doubted: Callable[[], bool] = lambda: False,
         carriers: frozenset[Carrier],
         carries_limited: bool = True,
     ) -> None:
@@ -54,6 +56,7 @@ class CarriedNames:
         self._copies = copies
         self._secure_address = secure_address
         self._is_cut_off = is_cut_off
+        self._is_doubted = is_doubted
         self._carriers = carriers
         self._carries_limited = carries_limited
         self._changed = ChangedModels(registry, copies)
@@ -70,7 +73,7 @@ class CarriedNames:
         pods = {pod_id: pod for pod_id, pod in self._states.pods().items() if pod_id != self._registry.instances.own_id}
         world = _World(
             self._is_cut_off(),
-            self._monitor.is_serving,
+            self._monitor.is_serving and not self._is_doubted(),
             tuple(carrier for carrier in Carrier if carrier in self._carriers and self._can_carry(carrier)),
             frozenset(pods),
             max((copy.max_concurrency for copy in self._copies if copy.is_loaded), default=0)
@@ -99,7 +102,7 @@ class CarriedNames:
         if world.is_cut_off:
             return ()
         wait_s, generation = None, 0
-        if (copy := self._copies.get(model_id)) is not None and self._takes_calls(copy, world.limit):
+        if (copy := self._copies.get(model_id)) is not None and self._takes_calls(copy, world):
             wait_s, generation = self._local_wait_s(model_id), copy.started_ms
         names = [name for name in self._names_of(model_id) if is_plain(name)]
         has_adapters = any(self._changed.has_adapters(name) for name in (*names, model_id))
@@ -121,10 +124,11 @@ class CarriedNames:
             return True
         return limits.allow_any_method and not (snapshot.foreign and limits.allowed_methods)
 
-    def _takes_calls(self, copy: LocalCopy, limit: int) -> bool:
+    def _takes_calls(self, copy: LocalCopy, world: _World) -> bool:
         record = self._registry.models.get(copy.model_id)
         is_current = record is None or record.info == copy.info
-        return copy.is_loaded and is_current and copy.max_concurrency == limit and self._monitor.serves(copy)
+        is_counted = copy.max_concurrency == world.limit
+        return world.is_serving and copy.is_loaded and is_current and is_counted and self._monitor.serves(copy)
 
     def _names_of(self, model_id: str) -> Iterator[str]:
         """Yield the names that stand for the model now: those of vmodels, or else its id."""

@@ -19,6 +19,7 @@ def carried_names(
         parts.copies,
         secure_address=secure_address,
         is_cut_off=lambda: parts.contact.is_cut_off,
+        is_doubted=lambda: parts.silence.is_doubted,
         carriers=_carriers(base.config),
         carries_limited=carries_limited,
     )

@@ -43,6 +43,7 @@ class PodEnvoy:
             base.changes,
             base.metrics,
             self._admin,
+            parts.carried,
             here=self._here,
             is_ready=lambda: parts.monitor.limits is not None,
             write_files=self._write_files,

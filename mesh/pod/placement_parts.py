@@ -23,6 +23,7 @@ from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.placement.type_constraints import TypeConstraints
 from mesh.registry.registry import Registry
 from mesh.registry.store_contact import StoreContact
+from mesh.routing.carried_answers import CarriedAnswers
 from mesh.routing.in_flight import InFlight
 from mesh.routing.peer_health import PeerHealth
 from mesh.routing.runtime_silence import RuntimeSilence
@@ -51,6 +52,7 @@ class PlacementParts:
     contact: StoreContact
     in_flight: InFlight
     peer_health: PeerHealth
+    carried: CarriedAnswers
     silence: RuntimeSilence
     copies: LocalCopies
     learned: LearnedCopies
@@ -97,14 +99,23 @@ def build_placement(
         """Have requests answered elsewhere that wait for this pod's runtime, which does not answer."""
         in_flight.lose(base.instance_id, committed=False)
 
+    def is_idle(model_id: str) -> bool:
+        """Return whether a model is loaded and the runtime's last state has no request of it, and none waits for it here."""
+        copy, model = copies.get(model_id), monitor.model(model_id)
+        is_busy = model is not None and bool(model.running or model.waiting)
+        return copy is not None and copy.is_loaded and not is_busy and not copies.num_waiting(model_id)
+
     peer_health = PeerHealth(probes, in_flight, changes, address_of=http_address_of, gone_after_s=config.session_ttl_s)
     runtime = GrpcRuntime(base.connections.grpc(config.runtime_grpc))
+    carried = CarriedAnswers()
     silence = RuntimeSilence(
         base.instance_id,
         in_flight,
         changes,
         look=runtime.look,
         is_foreign=lambda: monitor.snapshot.foreign,
+        carried=carried,
+        is_idle=is_idle,
     )
 
     def is_store_away() -> bool:
@@ -169,6 +180,7 @@ def build_placement(
         contact,
         in_flight,
         peer_health,
+        carried,
         silence,
         copies,
         learned,

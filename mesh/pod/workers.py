@@ -71,6 +71,7 @@ class PodWorkers:
             base.changes,
             base.metrics,
             self._control,
+            parts.carried,
             here=self._here,
             is_ready=lambda: parts.monitor.limits is not None,
             write_files=lambda limit, names: None,

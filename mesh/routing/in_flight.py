@@ -56,6 +56,10 @@ class InFlight:
         """Return the attempts whose response has not begun."""
         return [attempt for attempt in self._by_target.get(instance_id, {}) if attempt.first_byte_s is None]
 
+    def num_of(self, model_id: str) -> int:
+        """Return the number of attempts of a model at any targets."""
+        return sum(attempt.model_id == model_id for attempts in self._by_target.values() for attempt in attempts)
+
     def answers(self, instance_id: str) -> Answers:
         """Return what the target has answered to attempts that have ended."""
         return self._answers.get(instance_id, Answers())

@@ -6,19 +6,21 @@ nor queues a request of the models that are waited for has lost those requests.
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from common.changes import Changes
 from mesh.routing.attempts import Attempt
+from mesh.routing.carried_answers import PATIENCE_S, CarriedAnswers
 from mesh.routing.in_flight import InFlight
 from mesh.types import RuntimeSnapshot
 
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.1
-_PATIENCE_S = 1.0
+_LOOK_S = 1.5  # a runtime that also reports no state for this long is mute
 _FOREIGN_PATIENCE_S = 5.0  # a runtime without repertory.RuntimeState cannot be asked
 _FOREIGN_FACTOR = 4.0  # of the mean time to the first byte
 _REQUESTS = 3  # unanswered requests before the runtime counts as mute; after that, one until it has answered
@@ -43,10 +45,14 @@ class Silence:
     def is_mute(self, now_s: float) -> bool:
         return now_s < self.mute_until_s
 
+    def is_doubted(self, answered_s: float) -> bool:
+        """Return whether nothing was answered since the runtime was found mute. `answered_s`: the last answer."""
+        return self.strikes > 0 and answered_s < self.struck_at_s
+
     def is_suspect(self, started_s: Sequence[float], answered_s: float, patience_s: float, now_s: float) -> bool:
         """Return whether enough requests have waited for too long. `started_s`: when each of those without an answer began; `answered_s`: the last answer."""
         overdue = sum(now_s - at_s >= patience_s for at_s in started_s)
-        needed = 1 if self.strikes and answered_s < self.struck_at_s else _REQUESTS
+        needed = 1 if self.is_doubted(answered_s) else _REQUESTS
         return overdue >= needed and now_s - answered_s >= patience_s and not self.is_mute(now_s)
 
     def struck(self, answered_s: float, now_s: float) -> "Silence":
@@ -61,9 +67,11 @@ def has_lost(snapshot: RuntimeSnapshot, model_ids: Sequence[str]) -> bool:
 
 
 class RuntimeSilence:
-    """Watches the requests at this pod's runtime. `look` reads its current state; None if it does not answer or reports none.
+    """Watches the requests at this pod's runtime. `look` reads its current state; None if it does not answer.
 
     `is_foreign` returns whether the runtime reports no state at all. It then counts as mute after a silence that is long beside its usual answers.
+    `carried`: what is known of calls that reach the runtime past this process, None if there are none. `is_idle` returns whether a model is loaded
+    while the runtime's last state has no request of it, and none waits for it.
     """
 
     def __init__(
@@ -74,17 +82,26 @@ class RuntimeSilence:
         *,
         look: Callable[[], Awaitable[RuntimeSnapshot | None]],
         is_foreign: Callable[[], bool],
+        carried: CarriedAnswers | None = None,
+        is_idle: Callable[[str], bool] = lambda _: True,
     ) -> None:
         self._own_id = own_id
         self._in_flight = in_flight
         self._changes = changes
         self._look = look
         self._is_foreign = is_foreign
+        self._carried = carried or CarriedAnswers()
+        self._is_idle = is_idle
         self._silence = Silence()
 
     @property
     def is_mute(self) -> bool:
         return self._silence.is_mute(time.monotonic())
+
+    @property
+    def is_doubted(self) -> bool:
+        """Return whether the runtime was mute and has not answered a request since. Only a few requests may go to it, as probes."""
+        return self.is_mute or self._silence.is_doubted(self._answered_s())
 
     async def run(self) -> None:
         was_mute = False
@@ -99,37 +116,53 @@ class RuntimeSilence:
     def _is_suspect(self) -> bool:
         started_s = [attempt.started_s for attempt in self._in_flight.unanswered(self._own_id)]
         answers = self._in_flight.answers(self._own_id)
-        patience_s = _PATIENCE_S
+        patience_s = PATIENCE_S
         if self._is_foreign():
             if not answers.count:
                 return False  # nothing is known of its usual answers
             patience_s = max(_FOREIGN_PATIENCE_S, _FOREIGN_FACTOR * answers.mean_s)
-        answered_s = self._in_flight.answered_s(self._own_id)
-        return self._silence.is_suspect(started_s, answered_s, patience_s, time.monotonic())
+        else:
+            started_s += [-math.inf] * sum(self._overdue_carried().values())
+        return self._silence.is_suspect(started_s, self._answered_s(), patience_s, time.monotonic())
+
+    def _answered_s(self) -> float:
+        return max(self._in_flight.answered_s(self._own_id), self._carried.answered_s)
+
+    def _overdue_carried(self) -> dict[str, int]:
+        """Return the overdue calls past this process by model, without those that this process has got since: the runtime refused them."""
+        return {
+            model_id: num_left
+            for model_id, num_overdue in self._carried.overdue.items()
+            if self._is_idle(model_id) and (num_left := num_overdue - self._in_flight.num_of(model_id)) > 0
+        }
 
     async def _is_confirmed(self) -> bool:
         if self._is_foreign():
             return True
         asked_s = time.monotonic()
-        waiting = self._in_flight.unanswered(self._own_id)
-        snapshot = await self._look()
-        # A runtime that does not answer this either is detected by the watch of its state.
-        return (
-            snapshot is not None
-            and has_lost(snapshot, [attempt.model_id for attempt in waiting if _is_overdue(attempt, asked_s)])
-            and self._is_suspect()
-        )
+        waiting = [
+            attempt.model_id for attempt in self._in_flight.unanswered(self._own_id) if _is_overdue(attempt, asked_s)
+        ]
+        waiting += self._overdue_carried()
+        try:
+            async with asyncio.timeout(_LOOK_S):
+                snapshot = await self._look()
+        except TimeoutError:
+            snapshot = None
+        return (snapshot is None or has_lost(snapshot, waiting)) and self._is_suspect()
 
     def _strike(self) -> None:
-        self._silence = self._silence.struck(self._in_flight.answered_s(self._own_id), time.monotonic())
-        num_lost = self._in_flight.lose(self._own_id, committed=False)
+        self._silence = self._silence.struck(self._answered_s(), time.monotonic())
+        num_lost, num_carried = self._in_flight.lose(self._own_id, committed=False), sum(self._carried.overdue.values())
+        self._carried.give_up()
         logger.warning(
-            "the runtime answers no requests: %d requests to it are ended, and none is sent to it for %g s",
+            "the runtime answers no requests: %d requests to it are ended, %d or more past this process wait on, and none is sent to it for %g s",
             num_lost,
+            num_carried,
             self._silence.mute_until_s - self._silence.struck_at_s,
         )
         self._changes.notify()
 
 
 def _is_overdue(attempt: Attempt, now_s: float) -> bool:
-    return now_s - attempt.started_s >= _PATIENCE_S
+    return now_s - attempt.started_s >= PATIENCE_S

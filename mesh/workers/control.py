@@ -174,9 +174,11 @@ class WorkerControl:
         for stat_name in {*known, *self._begun}:
             each = [calls for copies in sessions if (calls := copies.get(stat_name)) is not None]
             latencies = [calls.latency_s for calls in each if calls.latency_s]
+            begun, active = self._begun[stat_name], sum(calls.active for calls in each)
             found[stat_name] = ClusterFigures(
-                self._begun[stat_name],
-                sum(calls.active for calls in each),
+                begun,
+                active,
+                begun - active,  # each worker watches by itself whether the runtime answers
                 sum(latencies) / len(latencies) if latencies else 0.0,
             )
             if stat_name not in known:

@@ -12,10 +12,11 @@ from common.model_key import CopySettings
 from mesh.envoy.data_plane import DataPlane
 from mesh.envoy.interfaces import ClusterFigures, EnvoyFigures, KeyCalls
 from mesh.envoy.name_table import Names
-from mesh.envoy.plan import CarriedName, Carrier, Cluster, Here, plan_clusters
+from mesh.envoy.plan import CarriedName, Carrier, Cluster, Here, PeerCopy, plan_clusters
 from mesh.envoy.view import CarriedNames
 from mesh.observability.metrics import Metrics
 from mesh.placement.copies import LocalCopies
+from mesh.routing.carried_answers import CarriedAnswers
 from tests.support.waiting import until
 
 HERE = Here({Carrier.GRPC: "unix:/runtime"}, {Carrier.GRPC: "unix:/mesh"})
@@ -85,6 +86,7 @@ def data_plane_of(
     write_files: Callable[[int, Names], None],
     stats: FakeStats | None = None,
     metrics: Metrics | None = None,
+    answers: CarriedAnswers | None = None,
 ) -> DataPlane:
     changes = Changes()
     data_plane = DataPlane(
@@ -93,6 +95,7 @@ def data_plane_of(
         changes,
         metrics or Metrics(),
         stats or FakeStats(),
+        answers or CarriedAnswers(),
         here=lambda: HERE,
         is_ready=lambda: True,
         write_files=write_files,
@@ -145,4 +148,24 @@ async def test_calls_that_envoy_carried_before_the_mesh_started_are_not_counted_
     await until(lambda: stats.num_questions == 1)
     carry(1003)
     await until(lambda: metrics.by_model["m"] == metrics.by_key["key"] == 3)
+    running.cancel()
+
+
+async def test_calls_that_envoy_carries_to_this_pod_are_noted_with_their_answers() -> None:
+    stats, answers = FakeStats(), CarriedAnswers()
+    local, peers = (
+        CarriedName("m", "m", Carrier.GRPC, 0.0),
+        CarriedName("n", "n", Carrier.GRPC, peers=(PeerCopy("peer", "host:1"),)),
+    )
+    by_name = {name: cluster.stat_name for name, cluster in plan_clusters([local, peers], HERE).items()}
+    waiting = ClusterFigures(started=3, active=3)
+    stats.current = EnvoyFigures({by_name["grpc/m"]: waiting, by_name["grpc/n"]: waiting}, {})
+    running = asyncio.create_task(
+        data_plane_of([local, peers], FakeControl(), lambda *_: None, stats, answers=answers).run()
+    )
+    await until(lambda: bool(answers.overdue))
+    assert answers.overdue == {"m": 3}, "the calls of the other name wait for another pod"
+    assert answers.answered_s == 0.0
+    stats.current = EnvoyFigures({by_name["grpc/m"]: ClusterFigures(started=3, active=2, answered=1)}, {})
+    await until(lambda: answers.answered_s > 0.0)
     running.cancel()

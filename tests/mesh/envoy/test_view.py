@@ -60,6 +60,7 @@ STEPS = st.one_of(
     st.tuples(st.just("serving"), st.booleans(), st.none()),
     st.tuples(st.just("usable"), st.sets(st.sampled_from(PEERS)), st.none()),
     st.tuples(st.just("cut off"), st.booleans(), st.none()),
+    st.tuples(st.just("doubted"), st.booleans(), st.none()),
 )
 
 
@@ -97,6 +98,7 @@ class World:
         self.monitor = FakeMonitor()
         self.usable = set(PEERS)
         self.is_cut_off = False
+        self.is_doubted = False
         self.number = 0
 
     def names(self) -> CarriedNames:
@@ -111,6 +113,7 @@ class World:
             self.copies,
             secure_address=instances.secure_address,
             is_cut_off=lambda: self.is_cut_off,
+            is_doubted=lambda: self.is_doubted,
             carriers=frozenset(Carrier),
         )
 
@@ -137,6 +140,8 @@ class World:
                 self.usable = pods
             case "cut off", bool(is_cut_off), _:
                 self.is_cut_off = is_cut_off
+            case "doubted", bool(is_doubted), _:
+                self.is_doubted = is_doubted
 
     def _write(self, table: Table[R], name: str, record: R | None) -> None:
         table.absorb_write(name, Versioned(None), record, self.number)
@@ -225,3 +230,17 @@ def test_a_moving_name_follows_the_end_of_its_active_model() -> None:
     assert names.changed() == {}
     world.apply("model", "m", None)
     assert {each.name for each in names.changed()["n"]} == {"alias"}
+
+
+def test_a_copy_of_a_doubted_runtime_takes_calls_through_the_mesh_only() -> None:
+    world = World()
+    names = world.names()
+    world.apply("model", "m", ModelRecord(type="llm", path="/1", instance_ids={OWN: 1, "pod-b": 1}))
+    world.apply("pod", "pod-b", InstanceRecord(grpc_address="10.0.0.2:1", copies={"m": ModelState()}))
+    world.apply("copy", "m", (CopyState.LOADED, 0))
+    waits = {each.local_wait_s for each in names.changed()["m"]}
+    assert waits == {0.0}
+    world.apply("doubted", True, None)
+    assert {each.local_wait_s for each in names.changed()["m"]} == {None}
+    world.apply("doubted", False, None)
+    assert {each.local_wait_s for each in names.changed()["m"]} == waits

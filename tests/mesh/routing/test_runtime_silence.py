@@ -3,12 +3,14 @@
 import asyncio
 import time
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.changes import Changes
 from common.model_state import CopyState, ModelState, Tier
 from mesh.routing.attempts import Attempt
+from mesh.routing.carried_answers import PATIENCE_S, CarriedAnswers, CarriedCount
 from mesh.routing.in_flight import InFlight
 from mesh.routing.runtime_silence import RuntimeSilence, Silence, has_lost
 from mesh.types import RuntimeSnapshot, Target
@@ -57,12 +59,17 @@ def test_has_lost_only_requests_that_the_runtime_does_not_report() -> None:
 
 
 class Runtime:
-    """Reports the given state, and whether it has a service for that."""
+    """Reports the given state, and whether it has a service for that, which is asked in each turn."""
 
     def __init__(self) -> None:
         self.snapshot: RuntimeSnapshot | None = RuntimeSnapshot(0, ready=True, models=(model_state("m"),))
         self.foreign = False
         self.looks = 0
+        self.turns = 0
+
+    def is_foreign(self) -> bool:
+        self.turns += 1
+        return self.foreign
 
     async def look(self) -> RuntimeSnapshot | None:
         self.looks += 1
@@ -75,9 +82,16 @@ def attempt_at(instance_id: str, *, age_s: float) -> Attempt:
     return attempt
 
 
-async def test_runtime_silence_ends_only_the_requests_at_its_own_runtime() -> None:
+@pytest.mark.parametrize(
+    "snapshot",
+    [
+        pytest.param(RuntimeSnapshot(0, ready=True, models=(model_state("m"),)), id="reports no request"),
+        pytest.param(None, id="reports nothing"),
+    ],
+)
+async def test_runtime_silence_ends_only_the_requests_at_its_own_runtime(snapshot: RuntimeSnapshot | None) -> None:
     runtime, in_flight = Runtime(), InFlight()
-    silence = RuntimeSilence("own", in_flight, Changes(), look=runtime.look, is_foreign=lambda: runtime.foreign)
+    silence = RuntimeSilence("own", in_flight, Changes(), look=runtime.look, is_foreign=runtime.is_foreign)
     waiting = [attempt_at("own", age_s=2.0) for _ in range(3)]
     elsewhere = attempt_at("peer", age_s=2.0)
     runtime.snapshot = RuntimeSnapshot(0, ready=True, models=(model_state("m", running=3),))
@@ -87,11 +101,7 @@ async def test_runtime_silence_ends_only_the_requests_at_its_own_runtime() -> No
     try:
         await until(lambda: runtime.looks > 2)
         assert not silence.is_mute
-        runtime.snapshot = None  # it answers nothing at all, which is another case
-        seen = runtime.looks
-        await until(lambda: runtime.looks > seen + 2)
-        assert not silence.is_mute
-        runtime.snapshot = RuntimeSnapshot(0, ready=True, models=(model_state("m"),))
+        runtime.snapshot = snapshot
         await until(lambda: silence.is_mute)
         assert all(attempt.is_lost for attempt in waiting)
         assert not elsewhere.is_lost
@@ -102,7 +112,7 @@ async def test_runtime_silence_ends_only_the_requests_at_its_own_runtime() -> No
 async def test_runtime_silence_of_a_foreign_runtime_is_long_beside_its_answers() -> None:
     runtime, in_flight = Runtime(), InFlight()
     runtime.foreign = True
-    silence = RuntimeSilence("own", in_flight, Changes(), look=runtime.look, is_foreign=lambda: runtime.foreign)
+    silence = RuntimeSilence("own", in_flight, Changes(), look=runtime.look, is_foreign=runtime.is_foreign)
     answered = attempt_at("own", age_s=20.0)
     in_flight.add(answered)
     answered.first_byte_s = answered.started_s + 0.5
@@ -115,5 +125,56 @@ async def test_runtime_silence_of_a_foreign_runtime_is_long_beside_its_answers()
         await until(lambda: silence.is_mute, 10)
         assert time.monotonic() - answered_s >= 4.9
         assert runtime.looks == 0
+    finally:
+        task.cancel()
+
+
+def carried_of(num_active: int) -> CarriedAnswers:
+    carried = CarriedAnswers()
+    for age_s in (PATIENCE_S, 0.0):
+        carried.note({"series": CarriedCount("m", num_active, num_active, 0)}, time.monotonic() - age_s)
+    return carried
+
+
+async def test_runtime_silence_counts_calls_past_the_mesh_and_doubts_the_runtime_until_an_answer() -> None:
+    runtime, in_flight, carried = Runtime(), InFlight(), carried_of(3)
+    silence = RuntimeSilence(
+        "own", in_flight, Changes(), look=runtime.look, is_foreign=runtime.is_foreign, carried=carried
+    )
+    assert [silence.is_mute, silence.is_doubted] == [False, False]
+    task = asyncio.ensure_future(silence.run())
+    try:
+        await until(lambda: silence.is_mute)
+        await until(lambda: not silence.is_mute, 10)
+        assert silence.is_doubted, "the calls that wait on are not held against it again, but nothing was answered"
+        probe = attempt_at("own", age_s=0.0)
+        in_flight.add(probe)
+        probe.begin_response()
+        in_flight.remove(probe)
+        await until(lambda: not silence.is_doubted)
+    finally:
+        task.cancel()
+
+
+@pytest.mark.parametrize("case", ["two calls", "model is busy", "refused calls are at the mesh", "foreign runtime"])
+async def test_runtime_silence_suspects_nothing_without_three_carried_calls_that_wait(case: str) -> None:
+    runtime, in_flight, carried = Runtime(), InFlight(), carried_of(2 if case == "two calls" else 3)
+    runtime.foreign = case == "foreign runtime"
+    silence = RuntimeSilence(
+        "own",
+        in_flight,
+        Changes(),
+        look=runtime.look,
+        is_foreign=runtime.is_foreign,
+        carried=carried,
+        is_idle=lambda _: case != "model is busy",
+    )
+    if case == "refused calls are at the mesh":
+        in_flight.add(attempt_at("peer", age_s=0.0))
+    task = asyncio.ensure_future(silence.run())
+    try:
+        await until(lambda: runtime.turns > 5)
+        assert not silence.is_mute
+        assert not runtime.looks
     finally:
         task.cancel()

@@ -162,15 +162,15 @@ async def test_figures_of_workers_are_added_up_and_survive_a_crash() -> None:
             figures, _, _ = await asyncio.gather(
                 control.figures(), first.report(4, 1, ended), second.report(2, 2, ended)
             )
-            assert figures.clusters[stat_name] == ClusterFigures(6, 3)
+            assert figures.clusters[stat_name] == ClusterFigures(6, 3, 3)
             assert figures.keys[call] == 6
         figures, _ = await asyncio.gather(control.figures(), first.report(1, 1))
-        assert figures.clusters[stat_name] == ClusterFigures(7, 1), (
+        assert figures.clusters[stat_name] == ClusterFigures(7, 1, 6), (
             "the other worker's running calls have ended with it"
         )
         control.publish({}, ["grpc/m"])
         await first.confirm()
         figures, _ = await asyncio.gather(control.figures(), first.report(1, 0))
-        assert figures.clusters[stat_name] == ClusterFigures(8, 0)
+        assert figures.clusters[stat_name] == ClusterFigures(8, 0, 8)
         control.leave()
         assert await first.next() == Leave()
