@@ -6,6 +6,7 @@ import os
 import pkgutil
 from collections import Counter
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis.internal
@@ -21,8 +22,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton's own library is imported, by whichever module comes first
 
 # Measuring branches makes Python code up to 2.6 times as slow. Many tests have a case for each family of models, whose branches count, so the limit
-# is above their number; it leaves out most cases of the kernels and the schemas. Cases that differ in a random seed run the same code.
-_MEASURED_CASES, _MEASURED_SEEDS = 10, 1
+# is above their number; it leaves out most cases of the schemas. Cases that differ in a random seed run the same code. Those of the kernels mostly run
+# Triton's interpreter, whose work is not measured.
+_MEASURED_CASES, _MEASURED_KERNEL_CASES, _MEASURED_SEEDS = 10, 2, 1
+_KERNELS = Path(__file__).parent / "kernels"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -61,9 +64,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         function = item.nodeid.partition("[")[0]
         num_cases[function] += 1
-        has_seed = isinstance(item, pytest.Function) and hasattr(item, "callspec") and "seed" in item.callspec.params
-        if num_cases[function] > (_MEASURED_SEEDS if has_seed else _MEASURED_CASES):
+        if num_cases[function] > _num_measured(item):
             item.add_marker(pytest.mark.no_cover)
+
+
+def _num_measured(item: pytest.Item) -> int:
+    """Return how many cases of the item's test are measured."""
+    if isinstance(item, pytest.Function) and hasattr(item, "callspec") and "seed" in item.callspec.params:
+        return _MEASURED_SEEDS
+    return _MEASURED_KERNEL_CASES if _KERNELS in item.path.parents else _MEASURED_CASES
 
 
 def _is_long(item: pytest.Item) -> bool:

@@ -10,9 +10,17 @@ from runtime.engine.kernels.gpu import argmax as gpu
 from runtime.engine.kernels.scratch import Scratch
 from runtime.engine.kernels.step_inputs import StepInputs
 
+SIZES = ((1, 1, 5000), (3, 4, 9001), (2, 2, 100))
 
-@pytest.mark.parametrize(("num_samples", "padded", "vocab"), [(1, 1, 5000), (3, 4, 9001), (2, 2, 100), (300, 300, 257)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+
+@pytest.mark.parametrize(
+    ("num_samples", "padded", "vocab", "dtype"),
+    [
+        *((*sizes, dtype) for sizes in SIZES for dtype in (torch.bfloat16, torch.float32)),
+        (300, 300, 257, torch.bfloat16),
+        pytest.param(300, 300, 257, torch.float32, marks=pytest.mark.long),
+    ],
+)
 def test_kernel_equals_twin(
     device: torch.device, num_samples: int, padded: int, vocab: int, dtype: torch.dtype
 ) -> None:

@@ -16,12 +16,16 @@ from runtime.engine.kernels.gpu import attention_cuda, linear4_cuda, linear4_wgm
 from runtime.engine.kernels.scratch import Scratch
 
 SOURCES = [
-    (linear4_cuda.SOURCE, ()),
+    pytest.param(linear4_cuda.SOURCE, (), marks=pytest.mark.long),
     (linear4_cuda.SOURCE, ("SMALL_BLOCKS=true",)),
-    (linear4_wgmma.SOURCE, ("IS_HALF=false",)),
+    (linear4_wgmma.SOURCE, ("IS_HALF=true",)),
     (linear4_wgmma.SOURCE, ("IS_HALF=false", "SMALL_BLOCKS=true")),
-    pytest.param(linear4_wgmma.SOURCE, ("IS_HALF=true",), marks=pytest.mark.long),
-    (attention_cuda.SOURCE, ("HEAD_DIM=128", "HALF=false", "FP8=false", "TILES=1", "WARPS=8", "STAGES=3")),
+    pytest.param(linear4_wgmma.SOURCE, ("IS_HALF=false",), marks=pytest.mark.long),
+    pytest.param(
+        attention_cuda.SOURCE,
+        ("HEAD_DIM=128", "HALF=false", "FP8=false", "TILES=1", "WARPS=8", "STAGES=3"),
+        marks=pytest.mark.long,
+    ),
     (attention_cuda.SOURCE, ("HEAD_DIM=128", "HALF=true", "FP8=false", "TILES=2", "WARPS=8", "STAGES=2")),
     (attention_cuda.SOURCE, ("HEAD_DIM=256", "HALF=false", "FP8=false", "TILES=1", "WARPS=4", "STAGES=2")),
     (attention_cuda.SOURCE, ("HEAD_DIM=128", "HALF=false", "FP8=true", "TILES=2", "WARPS=8", "STAGES=4")),
