@@ -5,6 +5,7 @@ an engine's imports (docs/decisions/0003-engine-imports.md). Everything is put b
 """
 
 import contextlib
+import gc
 import sys
 import types
 from collections.abc import Callable, Collection, Iterator
@@ -19,18 +20,31 @@ _INDEXING = "torch._dynamo._trace_wrapped_higher_order_op"
 def light_imports(*, keep: Collection[str] = ()) -> Iterator[None]:
     """Hide optional packages (except `keep`), torch's compiler and torch.distributed while the body imports transformers.
 
-    Functions that the imported modules mark for compilation stay as they are. What is imported already stays visible. Enter it from one thread, before
-    other threads use torch's compiler.
+    Functions that the imported modules mark for compilation stay as they are. What is imported already stays visible. No garbage is collected
+    meanwhile, and what exists at the end is exempt from later collections: nearly all of it are modules. Enter it from one thread, before other
+    threads use torch's compiler.
     """
     hidden = [name for name in _ABSENT if name not in keep and name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     try:
-        with _without_compiler():
+        with _without_collections(), _without_compiler():
             yield
     finally:
         for name in hidden:
             if name in sys.modules and sys.modules[name] is None:
                 del sys.modules[name]
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

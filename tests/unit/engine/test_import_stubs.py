@@ -4,14 +4,20 @@ import subprocess
 import sys
 
 LIGHT = """
+import gc
 import sys
 import torch, torch.distributed
 from runtime.engine.import_stubs import light_imports
 real = torch.compile, torch.distributed.is_available
+collections = []
+gc.callbacks.append(lambda phase, info: collections.append(phase))
 with light_imports():
+    collections.clear()
     import runtime.engine.device.backend
     import transformers.generation.utils
     import bitsandbytes.functional
+    assert not collections
+assert gc.get_freeze_count() > 100_000
 def loaded():
     heavy = ("torch._dynamo", "sympy", "torch.distributed.tensor", "accelerate", "boto3")
     return [name for name in heavy if sys.modules.get(name)]
@@ -22,6 +28,7 @@ RESTORED = """
 assert (torch.compile, torch.distributed.is_available) == real
 hidden = [name for name, module in sys.modules.items() if module is None]
 assert not hidden, hidden
+assert gc.isenabled()
 import accelerate
 """
 
@@ -44,6 +51,7 @@ assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item() == 
 """
 
 FAILED = """
+import gc
 import sys
 import torch, torch.distributed
 from runtime.engine.import_stubs import light_imports
