@@ -193,7 +193,7 @@ class TransportSocketMatch(_message.Message):
     def __init__(self, name: _Optional[str] = ..., match: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., transport_socket: _Optional[_Union[TransportSocket, _Mapping]] = ...) -> None: ...
 
 class Cluster(_message.Message):
-    __slots__ = ("name", "connect_timeout", "lb_policy", "circuit_breakers", "outlier_detection", "common_lb_config", "alt_stat_name", "load_assignment", "typed_extension_protocol_options", "transport_socket_matches")
+    __slots__ = ("name", "connect_timeout", "lb_policy", "circuit_breakers", "outlier_detection", "metadata", "common_lb_config", "alt_stat_name", "load_assignment", "typed_extension_protocol_options", "transport_socket_matches")
     class LbPolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         ROUND_ROBIN: _ClassVar[Cluster.LbPolicy]
@@ -212,6 +212,7 @@ class Cluster(_message.Message):
     LB_POLICY_FIELD_NUMBER: _ClassVar[int]
     CIRCUIT_BREAKERS_FIELD_NUMBER: _ClassVar[int]
     OUTLIER_DETECTION_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
     COMMON_LB_CONFIG_FIELD_NUMBER: _ClassVar[int]
     ALT_STAT_NAME_FIELD_NUMBER: _ClassVar[int]
     LOAD_ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
@@ -222,12 +223,13 @@ class Cluster(_message.Message):
     lb_policy: Cluster.LbPolicy
     circuit_breakers: CircuitBreakers
     outlier_detection: OutlierDetection
+    metadata: Metadata
     common_lb_config: CommonLbConfig
     alt_stat_name: str
     load_assignment: ClusterLoadAssignment
     typed_extension_protocol_options: _containers.MessageMap[str, _any_pb2.Any]
     transport_socket_matches: _containers.RepeatedCompositeFieldContainer[TransportSocketMatch]
-    def __init__(self, name: _Optional[str] = ..., connect_timeout: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., lb_policy: _Optional[_Union[Cluster.LbPolicy, str]] = ..., circuit_breakers: _Optional[_Union[CircuitBreakers, _Mapping]] = ..., outlier_detection: _Optional[_Union[OutlierDetection, _Mapping]] = ..., common_lb_config: _Optional[_Union[CommonLbConfig, _Mapping]] = ..., alt_stat_name: _Optional[str] = ..., load_assignment: _Optional[_Union[ClusterLoadAssignment, _Mapping]] = ..., typed_extension_protocol_options: _Optional[_Mapping[str, _any_pb2.Any]] = ..., transport_socket_matches: _Optional[_Iterable[_Union[TransportSocketMatch, _Mapping]]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., connect_timeout: _Optional[_Union[_duration_pb2.Duration, _Mapping]] = ..., lb_policy: _Optional[_Union[Cluster.LbPolicy, str]] = ..., circuit_breakers: _Optional[_Union[CircuitBreakers, _Mapping]] = ..., outlier_detection: _Optional[_Union[OutlierDetection, _Mapping]] = ..., metadata: _Optional[_Union[Metadata, _Mapping]] = ..., common_lb_config: _Optional[_Union[CommonLbConfig, _Mapping]] = ..., alt_stat_name: _Optional[str] = ..., load_assignment: _Optional[_Union[ClusterLoadAssignment, _Mapping]] = ..., typed_extension_protocol_options: _Optional[_Mapping[str, _any_pb2.Any]] = ..., transport_socket_matches: _Optional[_Iterable[_Union[TransportSocketMatch, _Mapping]]] = ...) -> None: ...
 
 class HeaderValue(_message.Message):
     __slots__ = ("key", "value")

@@ -10,6 +10,7 @@ from mesh.access.peer_keys import PEER_HEADERS
 from mesh.api.adapter_choice import AdapterChoice
 from mesh.api.call_metadata import CallMetadata, Metadata
 from mesh.api.protobuf_field import extract, text_tag
+from mesh.envoy.routes import CALLED_HEADER
 from mesh.errors import InvalidRequest, NotSupported
 
 REQUEST_ID_HEADER = "x-request-id"
@@ -165,6 +166,15 @@ def onward(
         passed.append((MODEL_HEADER, model_id))
     passed.extend(peer_headers)
     return passed
+
+
+def as_called(metadata: Metadata) -> Metadata:
+    """Return the metadata of a call from Envoy as the caller sent it: a copy has refused the call, before which Envoy replaced the name by the model's id."""
+    name = next((value for key, value in metadata if key == CALLED_HEADER), None)
+    if name is None:
+        return metadata
+    written = (CALLED_HEADER, MODEL_HEADER, f"{MODEL_HEADER}-bin")
+    return (*((key, value) for key, value in metadata if key not in written), (MODEL_HEADER, name))
 
 
 def unread(metadata: Metadata) -> list[tuple[str, str | bytes]]:

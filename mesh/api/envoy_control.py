@@ -32,9 +32,12 @@ Context = grpc.aio.ServicerContext[pb.DeltaDiscoveryRequest, pb.DeltaDiscoveryRe
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
+    """`met_peers`: this version of the cluster, or an earlier one that Envoy may still have calls of, meets peers."""
+
     cluster: Cluster
     version: str
     content: bytes
+    met_peers: bool
 
 
 @dataclass(eq=False, slots=True)
@@ -105,9 +108,11 @@ class EnvoyControl:
         for name in different:
             del self._versions[name]
         for name, cluster in changed.items():
-            content = encoded(cluster, peer_tls)
+            before = self._clusters.get(name)
+            met_peers = cluster.meets_peers or (before is not None and before.met_peers)
+            content = encoded(cluster, peer_tls, met_peers=met_peers)
             version = hashlib.blake2b(content, digest_size=_VERSION_BYTES).hexdigest()
-            self._clusters[name] = _Encoded(cluster, version, content)
+            self._clusters[name] = _Encoded(cluster, version, content, met_peers)
             if self._versions.get(name) != version:
                 self._versions[name] = version
                 different.add(name)

@@ -18,6 +18,7 @@ from mesh.access.caller import PEER, set_caller
 from mesh.access.guard import Guard, bearer_secret
 from mesh.access.peer_keys import PEER_KEY_HEADER
 from mesh.access.scopes import grpc_scopes
+from mesh.api.addressing import as_called
 from mesh.api.call_metadata import CallMetadata
 from mesh.api.grpc_calls import GrpcCalls
 from mesh.api.grpc_own_calls import own_call
@@ -71,9 +72,17 @@ class OwnHandlers:
 
 
 class GrpcHandlers(grpc.GenericRpcHandler):
-    """The only handler of a server. A method that no handler in `own` takes is forwarded."""
+    """The only handler of a server. A method that no handler in `own` takes is forwarded. `behind_envoy`: only Envoy connects."""
 
-    def __init__(self, admit: Admission, own: Sequence[grpc.GenericRpcHandler], calls: GrpcCalls) -> None:
+    def __init__(
+        self,
+        admit: Admission,
+        own: Sequence[grpc.GenericRpcHandler],
+        calls: GrpcCalls,
+        *,
+        behind_envoy: bool = False,
+    ) -> None:
+        self._behind_envoy = behind_envoy
         self._admit = admit
         self._own = tuple(own)
         self._calls = calls
@@ -81,7 +90,8 @@ class GrpcHandlers(grpc.GenericRpcHandler):
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
         path = str(handler_call_details.method)
-        metadata = CallMetadata(tuple(handler_call_details.invocation_metadata or ()))
+        sent = tuple(handler_call_details.invocation_metadata or ())
+        metadata = CallMetadata(as_called(sent) if self._behind_envoy else sent)
         try:
             end = self._admit(path, metadata)
         except MeshError as error:

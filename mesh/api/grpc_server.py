@@ -65,7 +65,14 @@ class GrpcServer:
         own.add_generic_rpc_handlers(reflection_handlers((*_SERVICES, _HEALTH)))
         own.add_generic_rpc_handlers((own_oip.handler(), LegacyManagement(management)))
         self._server.add_generic_rpc_handlers(
-            (GrpcHandlers(admit_by(guard, behind_envoy=behind_envoy), own.generic, gateway.calls),)
+            (
+                GrpcHandlers(
+                    admit_by(guard, behind_envoy=behind_envoy),
+                    own.generic,
+                    gateway.calls,
+                    behind_envoy=behind_envoy,
+                ),
+            )
         )
         self.port = 0
         self.peer_port = 0

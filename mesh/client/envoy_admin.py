@@ -8,9 +8,9 @@ import aiohttp
 
 from mesh.envoy.bootstrap import KEY_STATS
 from mesh.envoy.interfaces import ClusterFigures, EnvoyFigures, KeyCalls
-from mesh.envoy.plan import Carrier
+from mesh.envoy.plan import STAT_NAMES, Carrier
 
-_FILTER = rf"^cluster\.repertory_.*\.upstream_rq_(total|active|completed|time)$|^{KEY_STATS}_"
+_FILTER = rf"^cluster\.{STAT_NAMES}_.*\.upstream_rq_(total|active|completed|time)$|^{KEY_STATS}_"
 _LINE = re.compile(
     r"^cluster\.(?P<name>[a-z0-9_]+)\.upstream_rq_(?P<kind>total|active|completed|time): (?P<value>.*)$", re.MULTILINE
 )

@@ -19,6 +19,8 @@ _WEIGHTS = (
 )  # weight of a peer by its expected wait in seconds: coarse, so that few changes are pushed
 _LEAST_WEIGHT = 1
 _STAT_BYTES = 10
+STAT_NAMES = "repertory"
+"""What the names of models' clusters in Envoy's statistics begin with, before an underscore."""
 
 
 class Carrier(StrEnum):
@@ -76,10 +78,9 @@ class Here:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """`model`: what the endpoint calls the model. `hop` and `peer_key` are headers that only peers get."""
+    """`hop` and `peer_key` are headers that only peers get."""
 
     address: str
-    model: str
     hop: str = ""
     peer_key: str = ""
     weight: int = _LEAST_WEIGHT
@@ -102,7 +103,17 @@ class Cluster:
 
     def __post_init__(self) -> None:
         digest = hashlib.blake2b(f"{self.generation}/{self.name}".encode(), digest_size=_STAT_BYTES).hexdigest()
-        object.__setattr__(self, "stat_name", f"repertory_{self.role}_{digest}")
+        object.__setattr__(self, "stat_name", f"{STAT_NAMES}_{self.role}_{digest}")
+
+    @property
+    def called_name(self) -> str:
+        """The name by which calls name the model."""
+        return self.name.partition("/")[2]
+
+    @property
+    def meets_peers(self) -> bool:
+        """Whether its calls come from other pods or may go to one, so that they have headers that only peers send."""
+        return self.from_peers or any(endpoint.hop or endpoint.peer_key for tier in self.tiers for endpoint in tier)
 
 
 def name_prefix(carrier: Carrier, *, from_peers: bool) -> str:
@@ -168,7 +179,7 @@ def withdrawn(carried: CarriedName, here: Here) -> Cluster:
     """Return a cluster that leads to the mesh only. It stays for a while after its model has gone: calls may be on their way to it."""
     # A call that another pod sent must not be sent on by this one.
     hop, peer_key = (here.hop, here.peer_key) if carried.from_peers else ("", "")
-    mesh = Endpoint(here.mesh[carried.carrier], carried.name, hop, peer_key)
+    mesh = Endpoint(here.mesh[carried.carrier], hop, peer_key)
     name = f"{name_prefix(carried.carrier, from_peers=carried.from_peers)}/{carried.name}"
     return Cluster(
         name, carried.model_id, carried.carrier, Role.MESH, ((mesh,),), carried.from_peers, carried.generation
@@ -178,9 +189,9 @@ def withdrawn(carried: CarriedName, here: Here) -> Cluster:
 def _cluster(carried: CarriedName, here: Here) -> Cluster | None:
     tiers: list[tuple[Role, tuple[Endpoint, ...]]] = []
     if carried.local_wait_s is not None:
-        tiers.append((Role.LOCAL, (Endpoint(here.runtime[carried.carrier], carried.model_id),)))
+        tiers.append((Role.LOCAL, (Endpoint(here.runtime[carried.carrier]),)))
     if carried.peers:
-        tiers.append((Role.PEERS, tuple(_peer(carried, peer, here) for peer in carried.peers)))
+        tiers.append((Role.PEERS, tuple(_peer(peer, here) for peer in carried.peers)))
     if not tiers:
         return None
     if len(tiers) > 1 and _is_slow(carried):
@@ -199,6 +210,6 @@ def _is_slow(carried: CarriedName) -> bool:
     return carried.local_wait_s is not None and carried.local_wait_s > best_s + _LOCAL_PATIENCE_S
 
 
-def _peer(carried: CarriedName, peer: PeerCopy, here: Here) -> Endpoint:
+def _peer(peer: PeerCopy, here: Here) -> Endpoint:
     weight = next((weight for below_s, weight in _WEIGHTS if peer.wait_s < below_s), _LEAST_WEIGHT)
-    return Endpoint(peer.address, carried.model_id, here.hop, here.peer_key, weight, peer.secure)
+    return Endpoint(peer.address, here.hop, here.peer_key, weight, peer.secure)

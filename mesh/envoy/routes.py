@@ -15,6 +15,7 @@ from common.web_policy import WebPolicy
 from mesh.access.api_keys import ApiKey
 from mesh.access.peer_keys import PEER_KEY_HEADER
 from mesh.envoy.lua import admit_peers_script, admit_script, choose_script
+from mesh.envoy.name_matcher import name_matcher
 from mesh.envoy.name_table import Names
 from mesh.envoy.plan import Carrier, name_prefix
 
@@ -22,6 +23,12 @@ Json = dict[str, Any]
 
 MODEL_HEADERS = {Carrier.GRPC: "mm-model-id", Carrier.HTTP: "x-repertory-model"}
 """The headers that name the model: the callers' own, or the one that Envoy writes from the body."""
+
+CALLED_HEADER = MODEL_HEADERS[Carrier.HTTP]
+"""Set by Envoy to the name by which the caller called the model, which the model's id replaces. Callers cannot send it."""
+
+NAMESPACE = "repertory"
+"""Of the metadata of clusters, endpoints and bodies from which headers are written."""
 
 JUDGE_HEADER = "x-repertory-judge"
 """Set by Envoy for a body with a field that only the mesh can act on."""
@@ -33,6 +40,12 @@ LUA_FILTER = "envoy.filters.http.lua"
 BODY_FILTERS = ("envoy.filters.http.json_to_metadata", "envoy.filters.http.header_mutation")
 _TYPE = "type.googleapis.com/envoy."
 _DISABLED = {"@type": f"{_TYPE}config.route.v3.FilterConfig", "config": {}, "disabled": True}
+
+# What calls to copies get, by the keys of the cluster's metadata. The mesh's own clusters have none, so that its calls stay as they are.
+_WRITTEN = {
+    Carrier.GRPC: {CALLED_HEADER: "name", "mm-model-id": "model", "mm-model-id-bin": "model_bin"},
+    Carrier.HTTP: {"mm-model-id": "model"},
+}
 
 MESH_METHODS = (
     "/mmesh.",
@@ -55,6 +68,7 @@ HTTP_EXCEPTIONS = (
 )
 """Headers of HTTP that only the mesh can act on."""
 
+_KEY_HEADERS = ("authorization", "x-api-key")
 _JSON = "^application/json(\\s*;.*)?$"
 _ADDRESS_HOSTS = (r"localhost", r"[a-z0-9.-]+\.localhost", r"\d+\.\d+\.\d+\.\d+", r"\[[0-9a-f:.]+\]")
 
@@ -90,22 +104,21 @@ def mesh_cluster(carrier: Carrier) -> str:
 def routes_text(carrier: Carrier, settings: RouteSettings) -> str:
     """Return the content of a listener's file of routes."""
     is_grpc = carrier is Carrier.GRPC
-    routes = _grpc_routes(settings) if is_grpc else _http_routes(settings)
+    routing = _grpc_routing(settings) if is_grpc else {"routes": _http_routes(settings)}
     # A refused call is sent again from this buffer. Twice the message, as the mesh keeps it.
     buffer_bytes = 2 * settings.max_message_bytes if is_grpc else settings.max_body_bytes
-    return _text(carrier, routes, {"request_body_buffer_limit": buffer_bytes})
+    return _text(carrier, {**routing, "request_body_buffer_limit": buffer_bytes, "retry_policy": _RETRY})
 
 
 def closed_routes_text(carrier: Carrier) -> str:
     """Return routes that leave every call to the mesh, for an Envoy that starts before its mesh."""
-    return _text(carrier, [_to_mesh(carrier, {"prefix": "/"})], {})
+    return _text(carrier, {"routes": [_to_mesh(carrier, {"prefix": "/"})]})
 
 
-def _text(carrier: Carrier, routes: list[Json], options: Json) -> str:
+def _text(carrier: Carrier, options: Json) -> str:
     host: Json = {
         "name": carrier,
         "domains": ["*"],
-        "routes": routes,
         "response_headers_to_remove": ["x-repertory-logged"],
         **options,
     }
@@ -115,13 +128,38 @@ def _text(carrier: Carrier, routes: list[Json], options: Json) -> str:
     )  # ten times as fast as with an indent, which only Python's own encoder has
 
 
-def _grpc_routes(settings: RouteSettings) -> list[Json]:
-    return [
+def _grpc_routing(settings: RouteSettings) -> Json:
+    """Return the routes, and before them a look-up of the names in the table."""
+    carrier = Carrier.GRPC
+    others = [
         *(_to_mesh(Carrier.GRPC, {"prefix": prefix}) for prefix in MESH_METHODS),
         *_from_peers(Carrier.GRPC, {"prefix": "/"}, settings),
         *_carried(Carrier.GRPC, {"prefix": "/", "headers": [*map(_absent, _GRPC_EXCEPTIONS)]}, settings),
         _to_mesh(Carrier.GRPC, {"prefix": "/"}),
     ]
+    names = settings.names.get(carrier)
+    if not names or settings.limit:
+        return {"routes": others}
+    removed = {"request_headers_to_remove": list(_KEY_HEADERS)} if settings.keys is None else {}
+    prefix = name_prefix(carrier, from_peers=False)
+    routes: dict[str, Json] = {
+        name: {
+            "match": {"prefix": "/"},
+            "route": {"cluster": f"{prefix}/{name}", **_NO_TIMEOUT},
+            "request_headers_to_add": _written(carrier),
+            **removed,
+        }
+        for name in names
+    }
+    matcher = name_matcher(
+        MODEL_HEADERS[carrier],
+        routes,
+        others,
+        absent=_GRPC_EXCEPTIONS,
+        present=(CALLER_HEADER,) if settings.keys is not None else (),
+        other_paths=MESH_METHODS,
+    )
+    return {"matcher": matcher}
 
 
 def _http_routes(settings: RouteSettings) -> list[Json]:
@@ -164,16 +202,18 @@ def _carried(carrier: Carrier, match: Json, settings: RouteSettings) -> list[Jso
     conditions = [*match["headers"], *([_absent(JUDGE_HEADER)] if carrier is Carrier.HTTP else []), *admitted]
     named = {**match, "headers": [{"name": header, "present_match": True}, *conditions]}
     script = choose_script(header, name_prefix(carrier, from_peers=False), mesh, limit=settings.limit)
-    routes = [_route(named, _specified(_by_script(script, mesh)))]
-    if (names := settings.names.get(carrier)) and not settings.limit:
+    routes = [_to_copies(carrier, named, _by_script(script, mesh))]
+    if carrier is Carrier.HTTP and (names := settings.names.get(carrier)) and not settings.limit:
         known = {"name": header, "string_match": {"safe_regex": {"regex": "|".join(map(re.escape, names))}}}
         listed = {**match, "headers": [known, *conditions]}
-        routes.insert(0, _route(listed, _specified(_by_table(header, carrier, names))))
+        routes.insert(0, _to_copies(carrier, listed, _by_table(header, carrier, names)))
     if settings.keys is not None or carrier is Carrier.HTTP:
         routes.append(_route(match, {"cluster": mesh}))
     if settings.keys is None:
         # Nobody checks them, and a runtime must not see them.
-        return [{**route, "request_headers_to_remove": ["authorization", "x-api-key"]} for route in routes]
+        for route in routes:
+            route.setdefault("request_headers_to_remove", []).extend(_KEY_HEADERS)
+        return routes
     admit = _lua(admit_script(header, settings.keys))
     return [*routes[:-1], {**routes[-1], "typed_per_filter_config": admit}]
 
@@ -196,9 +236,30 @@ def _from_peers(carrier: Carrier, match: Json, settings: RouteSettings) -> list[
     ]
 
 
+def _to_copies(carrier: Carrier, match: Json, specifier: Json) -> Json:
+    """Return a route to the copies of the model that a call names. Its headers are written once, before the first attempt."""
+    removed = [] if carrier is Carrier.GRPC else [CALLED_HEADER]
+    return {
+        **_route(match, _specified(specifier)),
+        "request_headers_to_add": _written(carrier),
+        "request_headers_to_remove": removed,
+    }
+
+
+def _written(carrier: Carrier) -> list[Json]:
+    """Return the headers that calls to copies get."""
+    return [
+        {
+            "header": {"key": header, "value": f"%METADATA(CLUSTER:{NAMESPACE}:{key})%"},
+            "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+        }
+        for header, key in _WRITTEN[carrier].items()
+    ]
+
+
 def _route(match: Json, target: Json) -> Json:
-    """Return a route whose refused calls are sent again."""
-    return {"match": match, "route": {**target, "retry_policy": _RETRY, **_NO_TIMEOUT}}
+    """Return a route whose refused calls are sent again, as the virtual host has it."""
+    return {"match": match, "route": {**target, **_NO_TIMEOUT}}
 
 
 def _specified(specifier: Json) -> Json:
@@ -232,7 +293,7 @@ def _lua(script: str) -> Json:
 
 
 def _to_mesh(carrier: Carrier, match: Json) -> Json:
-    route: Json = {"match": match, "route": {"cluster": mesh_cluster(carrier), **_NO_TIMEOUT}}
+    route: Json = {"match": match, "route": {"cluster": mesh_cluster(carrier), "retry_policy": {}, **_NO_TIMEOUT}}
     if carrier is Carrier.HTTP:
         route["typed_per_filter_config"] = dict.fromkeys(BODY_FILTERS, _DISABLED)
     return route
