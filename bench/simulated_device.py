@@ -156,12 +156,12 @@ class SimulatedDevice:
         """Let the engine's thread work for so long."""
         self.clock.advance(self.clock.now_s + seconds)
 
-    def run_step(self, seconds: float, weights_s: float) -> float:
-        """Queue a step that needs weights which arrive at `weights_s`. Returns when it ends."""
-        begin = max(self.clock.now_s, self._steps_end_s, weights_s, 0.0 if self.overlap else self._copies_end_s)
-        self._steps_end_s = begin + seconds
+    def run_step(self, seconds: float, weights_s: float) -> tuple[float, float]:
+        """Queue a step that needs weights which arrive at `weights_s`. Returns when it begins, as the device measures it, and when it ends."""
+        begin = max(self.clock.now_s, self._steps_end_s)
+        self._steps_end_s = max(begin, weights_s, 0.0 if self.overlap else self._copies_end_s) + seconds
         self.clock.expect(self._steps_end_s)
-        return self._steps_end_s
+        return begin, self._steps_end_s
 
     def copy(self, num_bytes: int, from_disk: bool) -> float:
         """Queue a copy of weights to the device. Returns when it ends."""
@@ -273,10 +273,10 @@ class _Runner:
         if padded_to is None:
             # The device runs each layer while Python launches the next, and waits where Python takes longer.
             seconds = max(seconds, python_s(self._model.shape))
-        end_s = self._device.run_step(seconds, self._memory.ready_s)
+        begin_s, end_s = self._device.run_step(seconds, self._memory.ready_s)
         if padded_to is None:
             self._device.wait(python_s(self._model.shape))
-        return _Step(self._device.clock, end_s, StepOutput([7] * sum(plan.samples), seconds * 1e6))
+        return _Step(self._device.clock, end_s, StepOutput([7] * sum(plan.samples), (end_s - begin_s) * 1e6))
 
     def launch_forward(self, plan: StepPlan, padded_to: Bucket | None = None) -> None:
         raise NotImplementedError("simulated requests have no grammar")

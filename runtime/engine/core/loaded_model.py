@@ -18,6 +18,7 @@ from runtime.engine.scheduler.scheduler import Scheduler
 from runtime.ipc.messages import Load
 from runtime.types import ModelFacts
 
+_LAUNCH_S = 0.05  # at most from the decision to launch a step until its last kernel is queued
 _GUESSED_DISK_BYTES_PER_S = 1.5e9  # until a swap-in from disk was measured
 
 
@@ -125,6 +126,16 @@ class LoadedModel:
         from_host = self.swap_tier is Tier.HOST
         copy_s = self.memory.weight_bytes / self.link.bytes_per_s if from_host else self._return_s(Tier.DISK)
         return max(0.0, self.resident_since_s + copy_s - now)
+
+    def may_launch(self, step_tokens: int, now: float) -> bool:
+        """Whether a step may be launched: the weights are on the device, or arrive while a step of at most `step_tokens` computes.
+
+        A step that waited for longer would gain nothing, and delay the steps of other models behind it.
+        """
+        if not self.swapping:
+            return True
+        tokens = min(self.scheduler.pending_tokens(), step_tokens)
+        return self.arrives_in_s(now) <= self.cost.predict_us(tokens, 0) * 1e-6 + _LAUNCH_S
 
     def await_weights(self, now: float) -> float:
         """Note that a step is launched. Returns for how long it waits for the weights: only the first one after a swap-in does."""

@@ -186,7 +186,8 @@ class EngineLoop:
         active = {m.model_id: m for m in self.table.models.values() if m.resident and m.has_work()}
         arrived = {model_id: m for model_id, m in active.items() if not m.swapping}
         # A step of a model whose weights are still being copied would delay the other models' steps behind it.
-        active = arrived or active
+        step_tokens = self._config.max_batch_tokens
+        active = arrived or {model_id: m for model_id, m in active.items() if m.may_launch(step_tokens, now)}
         num_active = len(active)
         while active:
             model_id = self._round_robin.pick(active)

@@ -97,6 +97,12 @@ class Scheduler:
         wanted = len(self._without_room()) + len(self._prefill)
         return wanted + blocks_for(min(pending, token_budget), self._block_tokens)
 
+    def pending_tokens(self) -> int:
+        """Return the known tokens that no step has computed: of running sequences and of the first waiting one."""
+        head = self.waiting.head()
+        prompts = sum(len(sequence.tokens) - sequence.num_computed_tokens for sequence in self._prefill)
+        return len(self._decode) + prompts + (len(head.tokens) if head is not None else 0)
+
     def lacks_block(self) -> bool:
         """Whether a row past its prompt needs another block for its next token."""
         return bool(self._without_room())

@@ -71,33 +71,6 @@ def test_conversation_is_computed_again_behind_slow_weights() -> None:
     stage.close()
 
 
-def test_step_that_waited_for_weights_teaches_nothing_about_computing() -> None:
-    """Else a model that is called rarely would seem slow to compute, and its KV would be copied where computing is faster."""
-    stage = stage_of(swap_polls=200)
-    model = stage.loop.table.models["b"]
-    for name in "ba":
-        ask(stage, name, [9])
-    before_us = model.cost.predict_us(41, 0)
-    stage.backend.token_us = 450.0  # about as long as its weights take
-    ask(stage, "b", PROMPT)
-    assert model.cost.largest_tokens == 1
-    assert model.cost.predict_us(41, 0) < before_us + 1000
-    stage.backend.token_us = 4500.0
-    ask(stage, "a")
-    ask(stage, "b", [*PROMPT[:20], *PROMPT])
-    assert model.cost.largest_tokens == 61, "it computed for longer than its weights took"
-    stage.close()
-
-
-def test_return_from_disk_counts_as_one_though_the_copy_stays_in_host_memory() -> None:
-    stage = stage_of(host_slabs=6)
-    assert [stage.loop.table.models[name].lower_tier for name in "ab"] == [Tier.HOST, Tier.DISK]
-    ask(stage, "b")
-    model = stage.loop.table.models["b"]
-    assert set(model.swap_seconds) == {Tier.DISK}
-    stage.close()
-
-
 def test_loaded_again_model_starts_without_saved_blocks() -> None:
     """Its files may have changed in between."""
     stage = stage_of()
