@@ -7,7 +7,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 from urllib.parse import quote
 
 import grpc
@@ -22,6 +22,7 @@ from mesh.api.protobuf_field import inject
 from mesh.api.replay_buffer import ReplayBuffer
 from mesh.api.started_write import StartedWrite
 from mesh.client.connections import Connections
+from mesh.client.stubbed_channel import StubbedChannel
 from mesh.errors import InvalidRequest
 from mesh.observability.metrics import Metrics
 from mesh.routing.attempts import Attempt
@@ -35,7 +36,6 @@ _LOST_STATUS = "Internal error from Core"
 _quoted = functools.lru_cache(maxsize=4096)(quote)  # callers repeat few names
 
 Rewrite = Callable[[bytes], bytes]
-Stub = TypeVar("Stub")
 ForwardedCall = grpc.aio.UnaryStreamCall[bytes, bytes] | grpc.aio.StreamStreamCall[bytes, bytes]
 
 
@@ -78,21 +78,6 @@ class GrpcOutcome(msgspec.Struct, frozen=True):
     message: bytes = b""
 
 
-class _Stubs(Generic[Stub]):
-    """Stubs of known methods by address and method. An address gets a new channel when the certificate towards other pods changes."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, str], tuple[grpc.aio.Channel, Stub]] = {}
-
-    def get(self, target: Target, method: str, channel: grpc.aio.Channel, make: Callable[[str], Stub]) -> Stub:
-        """Return the stub of the channel to a target, from `make` if it is a new one."""
-        of_channel, stub = self._known.get((target.grpc_address, method), (None, None))
-        if stub is None or of_channel is not channel:
-            stub = make(f"/{method}")
-            self._known[target.grpc_address, method] = channel, stub
-        return stub
-
-
 class GrpcForwarder:
     """`peer_headers`: what a call to another pod carries. `limits`: the local runtime's limits, once they are known."""
 
@@ -107,8 +92,6 @@ class GrpcForwarder:
         self._metrics = metrics
         self._peer_headers = peer_headers
         self._limits = limits
-        self._unary_stubs = _Stubs[grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]]()
-        self._stream_stubs = _Stubs[grpc.aio.UnaryStreamMultiCallable[bytes, bytes]]()
 
     async def forward(
         self, request: GrpcRequest, attempt: Attempt, inbound: ReplayBuffer, context: ForwardingContext
@@ -147,8 +130,7 @@ class GrpcForwarder:
         started_s = time.monotonic()
         target = attempt.target
         rewrite = self._rewrite(request.method, attempt)
-        channel = self._channel(target)
-        call = self._unary_stubs.get(target, request.method, channel, channel.unary_unary)(
+        call = self._stubs(target).unary(request.method)(
             rewrite(message) if rewrite else message,
             metadata=self._metadata(request, attempt),
             timeout=context.time_remaining(),
@@ -214,21 +196,20 @@ class GrpcForwarder:
         self, request: GrpcRequest, attempt: Attempt, inbound: ReplayBuffer, timeout_s: float | None
     ) -> tuple[ForwardedCall, asyncio.Task[None] | None]:
         """Open the call, and a task that sends the caller's messages unless the only one is known already."""
-        metadata, channel = self._metadata(request, attempt), self._channel(attempt.target)
+        metadata, stubs = self._metadata(request, attempt), self._stubs(attempt.target)
         rewrite = self._rewrite(request.method, attempt)
         if inbound.only is not None:
-            single = self._stream_stubs.get(attempt.target, request.method, channel, channel.unary_stream)
             message = rewrite(inbound.only) if rewrite else inbound.only
-            return single(message, metadata=metadata, timeout=timeout_s), None
-        stub: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(f"/{request.method}")
+            return stubs.streaming(request.method)(message, metadata=metadata, timeout=timeout_s), None
+        stub: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = stubs.channel.stream_stream(f"/{request.method}")
         call = stub(metadata=metadata, timeout=timeout_s)
         sending = asyncio.create_task(_send(call, inbound, rewrite))
         # A request that cannot be sent gets no response.
         sending.add_done_callback(lambda task: call.cancel() if _error_of(task) else None)
         return call, sending
 
-    def _channel(self, target: Target) -> grpc.aio.Channel:
-        return self._connections.grpc(target.grpc_address, of_pod=target.is_peer)
+    def _stubs(self, target: Target) -> StubbedChannel:
+        return self._connections.stubs(target.grpc_address, of_pod=target.is_peer)
 
     def _metadata(self, request: GrpcRequest, attempt: Attempt) -> list[tuple[str, str | bytes]]:
         if attempt.target.is_control:

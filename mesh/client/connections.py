@@ -1,8 +1,9 @@
-"""Keeps the gRPC and HTTP connections to the local runtime and to other pods. Each is opened once."""
+"""Keeps the gRPC and HTTP connections to the local runtime and to other pods. Each is opened once, and closed when its pod has gone."""
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import aiohttp
 from grpc import ssl_channel_credentials
@@ -10,6 +11,7 @@ from grpc.aio import Channel, insecure_channel, secure_channel
 
 from common.addresses import parse_address
 from mesh.access.tls import TlsIdentity
+from mesh.client.stubbed_channel import StubbedChannel
 from mesh.client.tls_connector import tls_connector
 
 _CONNECT_S = 2.0
@@ -57,37 +59,54 @@ class Connections:
             # By default gRPC sends at most two pings without data, which a caller that only receives never sends.
             ("grpc.http2.max_pings_without_data", 0),
         )
-        self._channels: dict[str, Channel] = {}
-        self._secure_channels: dict[str, tuple[int, Channel]] = {}
+        self._channels: dict[str, StubbedChannel] = {}
+        self._secure_channels: dict[str, tuple[int, StubbedChannel]] = {}
         self._sessions: dict[str, aiohttp.ClientSession] = {}
 
     def grpc(self, address: str, *, of_pod: bool = False) -> Channel:
         """Return the channel to an address. Only pods are pinged: a foreign runtime might close a connection that pings it."""
+        return self.stubs(address, of_pod=of_pod).channel
+
+    def stubs(self, address: str, *, of_pod: bool = False) -> StubbedChannel:
+        """Return the channel to an address with its stubs. `of_pod`: as in `grpc`."""
         if of_pod and (secure := self._secure(address)):
             return self._secure_grpc(secure)
         channel = self._channels.get(address)
         if channel is None:
             options = (*self._options, *self._pings) if of_pod else self._options
-            channel = self._channels[address] = insecure_channel(address, options=options)
+            channel = self._channels[address] = StubbedChannel(insecure_channel(address, options=options))
         return channel
+
+    def forget(self, address: str) -> None:
+        """Close the connections to an address that no pod has any more, once their calls have ended or after ten minutes."""
+        secure = self._secure_channels.pop(address, (0, None))[1]
+        for channel in (self._channels.pop(address, None), secure):
+            if channel is not None:
+                self._close_later(channel.channel.close(_OLD_CHANNEL_S))
+        for key in (address, f"tls:{address}"):
+            if (session := self._sessions.pop(key, None)) is not None:
+                self._close_later(_close_idle(session))
+
+    def _close_later(self, work: Coroutine[Any, Any, None]) -> None:
+        closing = asyncio.ensure_future(work)
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
 
     def _secure(self, address: str) -> str:
         return self._secure_address(address) if self._tls is not None else ""
 
-    def _secure_grpc(self, address: str) -> Channel:
+    def _secure_grpc(self, address: str) -> StubbedChannel:
         """Return a channel that uses the newest certificate. One with an older certificate is closed once its calls have ended."""
         assert self._tls is not None
-        generation, channel = self._secure_channels.get(address, (-1, None))
-        if channel is not None and generation == self._tls.generation:
-            return channel
-        if channel is not None:
-            closing = asyncio.ensure_future(channel.close(_OLD_CHANNEL_S))
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
+        generation, known = self._secure_channels.get(address, (-1, None))
+        if known is not None and generation == self._tls.generation:
+            return known
+        if known is not None:
+            self._close_later(known.channel.close(_OLD_CHANNEL_S))
         material = self._tls.material
         credentials = ssl_channel_credentials(material.authority, material.key, material.certificate)
         options = (*self._options, *self._pings, ("grpc.ssl_target_name_override", self._peer_name))
-        channel = secure_channel(address, credentials, options=options)
+        channel = StubbedChannel(secure_channel(address, credentials, options=options))
         self._secure_channels[address] = self._tls.generation, channel
         return channel
 
@@ -105,12 +124,22 @@ class Connections:
         return session, "http://runtime" if address.startswith("unix:") else f"http://{address}"
 
     async def close(self) -> None:
-        channels = [*self._channels.values(), *(channel for _, channel in self._secure_channels.values())]
+        known = [*self._channels.values(), *(channel for _, channel in self._secure_channels.values())]
+        channels = [each.channel for each in known]
         sessions = [*self._sessions.values()]
         self._channels, self._secure_channels, self._sessions = {}, {}, {}
         for closing in self._closing:
             closing.cancel()
+        await asyncio.gather(*self._closing, return_exceptions=True)
         await asyncio.gather(*(channel.close() for channel in channels), *(session.close() for session in sessions))
+
+
+async def _close_idle(session: aiohttp.ClientSession) -> None:
+    """Close a session that gets no further requests, after the time that its last ones may take."""
+    try:
+        await asyncio.sleep(_OLD_CHANNEL_S)
+    finally:
+        await session.close()
 
 
 def _session(address: str) -> aiohttp.ClientSession:

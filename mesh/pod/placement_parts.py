@@ -21,6 +21,7 @@ from mesh.placement.reconciler import Reconciler
 from mesh.placement.record_updates import RecordUpdates
 from mesh.placement.runtime_monitor import RuntimeMonitor
 from mesh.placement.type_constraints import TypeConstraints
+from mesh.registry.records import InstanceRecord
 from mesh.registry.registry import Registry
 from mesh.registry.store_contact import StoreContact
 from mesh.routing.carried_answers import CarriedAnswers
@@ -70,6 +71,12 @@ def pod_base(config: MeshConfig, instance_id: str, store: Store, registry: Regis
         peer_name=access.peer_name,
         secure_address=registry.instances.secure_address,
     )
+
+    def forget_gone(_: str, old: InstanceRecord | None, new: InstanceRecord | None) -> None:
+        for address in registry.instances.gone_addresses(old, new):
+            connections.forget(address)
+
+    registry.instances.listen(forget_gone)
     return PodBase(config, instance_id, store, registry, access, Metrics(), connections, Changes())
 
 

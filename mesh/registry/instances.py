@@ -87,6 +87,11 @@ class Instances:
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
+    def gone_addresses(self, old: InstanceRecord | None, new: InstanceRecord | None) -> set[str]:
+        """Return the addresses of the old record that no pod has any more, after the new one has replaced it."""
+        gone = _addresses(old) - _addresses(new)
+        return gone.difference(*map(_addresses, self._records.values())) if gone else gone
+
     async def refresh(self, instance_id: str) -> None:
         """Read a pod's record from the store, if it answers."""
         await self.table.refresh(instance_id)
@@ -161,3 +166,10 @@ class Instances:
             self._records[instance_id] = new
         for listener in tuple(self._listeners):
             listener(instance_id, old, new)
+
+
+def _addresses(record: InstanceRecord | None) -> set[str]:
+    if record is None:
+        return set()
+    found = {record.grpc_address, record.http_address, record.peer_grpc_address, record.peer_http_address}
+    return found - {""}

@@ -64,3 +64,27 @@ def test_connections_http_uses_tcp_keepalive() -> None:
         assert made.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         if hasattr(socket, "TCP_KEEPIDLE"):
             assert made.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 30
+
+
+async def test_forgotten_address_gets_a_new_channel_and_its_running_calls_end_first(
+    pod: tuple[str, subprocess.Popen[str]],
+) -> None:
+    address, process = pod
+    connections = Connections(max_message_bytes=1 << 20)
+    try:
+        stubs = connections.stubs(address, of_pod=True)
+        assert stubs.unary("any/Method") is connections.stubs(address, of_pod=True).unary("any/Method")
+        session, _ = connections.http(address, of_pod=True)
+        await asyncio.wait_for(stubs.channel.channel_ready(), 30)
+        running = asyncio.ensure_future(stubs.unary("any/Method")(b"").code())
+        connections.forget(address)
+        assert connections.stubs(address, of_pod=True) is not stubs
+        assert connections.http(address, of_pod=True)[0] is not session
+        assert not running.done(), "the pod may still answer what it has begun"
+        process.kill()
+        assert await asyncio.wait_for(running, 30) is grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(grpc.aio.UsageError):
+            stubs.unary("any/Method")(b"")
+    finally:
+        await connections.close()
+    assert session.closed
