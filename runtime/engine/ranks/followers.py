@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from runtime.ipc.framing import FrameReader, encode_frame
 
 SILENCE_S = 4.0  # a live rank reports every second
 _START_S = 120.0
+_SETTLE_S = 300.0  # rank 0 has finished its own part by then; a rank that reports that it lives may still be stuck in a driver call
 _READ_BYTES = 1 << 16
 
 
@@ -35,11 +37,15 @@ class Followers:
     Args:
         on_lost: is called once, from a thread, when a rank is lost after the start. It must end this process: no collective operation ends without
             every rank.
+        settle_s: how long a rank may take longer than rank 0 for a load or a change of its slabs. One that takes longer counts as lost.
     """
 
-    def __init__(self, config: EngineConfig, on_lost: Callable[[RankLost], None]) -> None:
+    def __init__(
+        self, config: EngineConfig, on_lost: Callable[[RankLost], None], *, settle_s: float = _SETTLE_S
+    ) -> None:
         """Start the processes. They import their libraries while this process imports its own."""
         self._on_lost = on_lost
+        self._settle_s = settle_s
         self._folder = tempfile.TemporaryDirectory(prefix="repertory-ranks-")
         self.rendezvous = str(Path(self._folder.name) / "rendezvous")
         self._encoder = msgspec.msgpack.Encoder()
@@ -58,11 +64,20 @@ class Followers:
 
     def settle(self, model_id: str) -> RepertoryError | None:
         """Wait until every rank has finished the load of a model, or a change of its committed slabs (""). Returns the first error among them."""
-        outcomes = [rank.outcomes.get() for rank in self._ranks]
-        for rank, outcome in zip(self._ranks, outcomes, strict=True):
-            if outcome.code:
-                return LoadFailed(f"rank {rank.number}: {outcome.text}", model=model_id)
-        return None
+        give_up_s = time.monotonic() + self._settle_s
+        first: RepertoryError | None = None
+        for rank in self._ranks:
+            try:
+                outcome = rank.outcomes.get(timeout=max(0.0, give_up_s - time.monotonic()))
+            except queue.Empty:
+                error = RankLost(
+                    f"rank {rank.number} (pid {rank.process.pid}) has not finished within {self._settle_s:g} s"
+                )
+                self._lost(error)
+                return LoadFailed(str(error), model=model_id)
+            if outcome.code and first is None:
+                first = LoadFailed(f"rank {rank.number}: {outcome.text}", model=model_id)
+        return first
 
     def close(self) -> None:
         """End all ranks and wait for them."""

@@ -8,6 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from runtime.config.schema import EngineConfig
+from runtime.engine.ranks.followers import Followers, RankLost
+from runtime.errors import LoadFailed
 from tests.model.parallel.test_tensor_parallel import config
 from tests.support.engine_process import engine
 
@@ -40,3 +43,16 @@ def test_ranks_end_with_their_leader() -> None:
         os.kill(running.hello.pid, signal.SIGKILL)
         psutil.wait_procs([rank], timeout=10)
         assert not rank.is_running()
+
+
+def test_rank_that_lives_and_does_not_finish_is_lost() -> None:
+    lost: list[RankLost] = []
+    followers = Followers(EngineConfig(device="cpu", tensor_parallel=2), lost.append, settle_s=0.1)
+    try:
+        error = followers.settle("m")  # no load was begun, so none ends
+        assert isinstance(error, LoadFailed)
+        assert error.message.endswith("has not finished within 0.1 s")
+        assert [f"model m: {each}" for each in lost] == [error.message]
+    finally:
+        followers.kill()
+        followers.close()
