@@ -23,7 +23,7 @@ from mesh.envoy.plan import Carrier
 
 logger = logging.getLogger(__name__)
 
-_MOST_WORKERS = 4
+_MOST_THREADS = 16
 _JSON_LINES = '{"time":"%Y-%m-%dT%T.%e","level":"%l","logger":"envoy.%n","message":"%j"}'
 
 
@@ -37,9 +37,9 @@ def mesh_address(config: MeshConfig) -> str:
     return envoy_files(config).mesh(Carrier.HTTP) if config.envoy else config.http_listen
 
 
-def num_workers(num_cores: int) -> int:
-    """Return the number of Envoy's worker threads. Each has connections of its own to every copy, and carries about 10,000 calls a second."""
-    return min(num_cores, _MOST_WORKERS)
+def num_threads(config: MeshConfig, num_cores: int) -> int:
+    """Return the number of Envoy's threads that carry calls. Each has connections of its own to every copy."""
+    return config.envoy_threads or min(num_cores, _MOST_THREADS)
 
 
 def envoy_process(config: MeshConfig, record: Path) -> SupervisedProcess:
@@ -51,7 +51,7 @@ def envoy_process(config: MeshConfig, record: Path) -> SupervisedProcess:
     write_bootstrap(config)
     level = "warning" if config.log_level.lower() == "info" else config.log_level.lower()
     command = [str(binary.path), "-c", str(files.bootstrap), "--disable-hot-restart", "-l", level]
-    command += ["--concurrency", str(num_workers(len(os.sched_getaffinity(0))))]
+    command += ["--concurrency", str(num_threads(config, len(os.sched_getaffinity(0))))]
     if config.log_json:
         command += ["--log-format", _JSON_LINES]
     return SupervisedProcess("envoy", command, files.admin, record)

@@ -43,6 +43,9 @@ class MeshConfig(msgspec.Struct, frozen=True, kw_only=True):
             extra={BARE_FLAG: "auto"},
         ),
     ] = ""
+    envoy_threads: Annotated[
+        int, _about("threads of Envoy that carry calls; 0 = one for each core, at most 16", ge=0)
+    ] = 0
     workers: Annotated[
         int,
         _about(

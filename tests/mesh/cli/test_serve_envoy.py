@@ -17,8 +17,9 @@ import psutil
 import pytest
 
 from mesh.cli.main import main
-from mesh.cli.serve_envoy import num_workers
+from mesh.cli.serve_envoy import num_threads
 from mesh.client.admin import AdminClient
+from mesh.config.schema import MeshConfig
 from tests.support.short_directory import short_directory
 from tests.support.stack import Mesh, free_port, load_and_wait, program, wait_ready
 from tests.support.waiting import until, until_async
@@ -142,8 +143,9 @@ def _listens(address: str) -> bool:
         return False
 
 
-def test_num_workers_is_bounded_on_large_machines() -> None:
-    assert [num_workers(cores) for cores in (1, 2, 128)] == [1, 2, 4]
+def test_num_threads_follows_the_cores_up_to_a_bound_or_the_setting() -> None:
+    assert [num_threads(MeshConfig(), cores) for cores in (1, 12, 128)] == [1, 12, 16]
+    assert [num_threads(MeshConfig(envoy_threads=3), cores) for cores in (1, 128)] == [3, 3]
 
 
 def test_serve_mesh_names_an_envoy_that_it_cannot_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
