@@ -40,6 +40,7 @@ class Quantization(StrEnum):
 
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+GgufBlocks = Literal["auto", "keep", "unpack"]
 _Name = Annotated[str, Meta(min_length=1)]
 _Positive = Annotated[int, Meta(ge=1)]
 _FOUR_BIT = (Quantization.NF4, Quantization.FP4)
@@ -63,6 +64,12 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         Quantization, Meta(description="format of the weights: bitsandbytes' int8, nf4 or fp4, or fp8 by row")
     ] = Quantization.NONE
     double_quant: Annotated[bool, Meta(description="quantise the scales of nf4 and fp4 too")] = False
+    gguf_blocks: Annotated[
+        GgufBlocks,
+        Meta(
+            description="Q4_0 and IQ4_NL blocks of GGUF files; auto = keep on a GPU, unpack on a CPU, where that is faster"
+        ),
+    ] = "auto"
     dtype: Annotated[
         Dtype, Meta(description="of the arithmetic; auto = the checkpoint's on a GPU, float32 on a CPU")
     ] = "auto"
@@ -139,7 +146,7 @@ class ModelKey(msgspec.Struct, frozen=True):
 
 # ModelMesh writes these into a key; they change nothing here.
 _MESH_FIELDS = frozenset({"model_type", "schema_path", "disk_size_bytes"})
-_OF_THE_BASE = ("quantize", "double_quant", "dtype", "max_model_len", "tensor_parallel")
+_OF_THE_BASE = ("quantize", "double_quant", "gguf_blocks", "dtype", "max_model_len", "tensor_parallel")
 _PARTS: tuple[type[msgspec.Struct], ...] = (ModelSettings, CopySettings, Storage)
 _NOT_REGISTRABLE = frozenset({"display_name", "bucket"})
 
@@ -165,6 +172,11 @@ def read_model_key(fields: Mapping[str, Any]) -> ModelKey:
         raise InvalidModelKey(
             "double_quant",
             f"double_quant needs quantize nf4 or fp4; quantize is {key.settings.quantize.value}",
+        )
+    if key.settings.gguf_blocks == "keep" and key.settings.quantize is not Quantization.NONE:
+        raise InvalidModelKey(
+            "gguf_blocks",
+            f"gguf_blocks keep excludes quantize {key.settings.quantize.value}: weights have one format",
         )
     _check_adapter(key.settings)
     return key

@@ -22,7 +22,6 @@ from wire.mmesh import model_mesh_pb2_grpc as rpc
 
 MOVE_WAIT_S = 240.0
 GET_STATE_ID = "***GETSTATE***"
-_NF4 = '"quantize": "nf4" in its key'
 _NO_ID = "must provide non-empty modelId"
 
 _LOG = logging.getLogger(__name__)
@@ -110,7 +109,7 @@ class ManagementService(rpc.ModelMeshServicer):
         except MeshError as error:
             _LOG.debug("what %s takes is unknown: %s", model_id, error)
             return
-        if fit is not None and (text := unpacking_text(model_id, fit, _NF4)):
+        if fit is not None and (text := unpacking_text(model_id, fit, _in_key)):
             # Metadata is ASCII, and an id need not be.
             context.set_trailing_metadata((("warning", text.encode("ascii", "backslashreplace").decode()),))
 
@@ -323,3 +322,7 @@ def _status(info: StatusInfo) -> pb.ModelStatusInfo:
             for copy in copies
         ],
     )
+
+
+def _in_key(setting: str, value: str) -> str:
+    return f'"{setting}": "{value}" in its key'

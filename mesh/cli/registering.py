@@ -12,7 +12,6 @@ from mesh.registry.models_file import read_models_file
 
 _NOT_FOUND = 404
 _LOAD_FAILED = 424
-_NF4 = "--quantize nf4"
 
 
 def register_one(client: AdminClient, request: dict[str, object]) -> tuple[Model, str]:
@@ -37,7 +36,7 @@ def register_file(client: AdminClient, args: argparse.Namespace) -> int:
     for model in declared.models:
         request = {"name": model.name, "uri": model.uri, "type": model.type, **model.settings}
         registered, change = register_one(client, request)
-        if registered.fit is not None and (unpacking := unpacking_text(model.name, registered.fit, _NF4)):
+        if registered.fit is not None and (unpacking := unpacking_text(model.name, registered.fit, _flag)):
             print(unpacking, file=sys.stderr)
         if model.load or args.load:
             client.load(model.name)
@@ -64,7 +63,7 @@ def print_size(client: AdminClient, request: dict[str, object]) -> None:
         if error.http_status == _LOAD_FAILED:
             print(f"warning: {name} cannot be loaded: {error.message}", file=sys.stderr)
         return
-    if unpacking := unpacking_text(name, fit, _NF4):
+    if unpacking := unpacking_text(name, fit, _flag):
         print(unpacking, file=sys.stderr)
     if not fit.fits:
         print(f"warning: {name} cannot be loaded here: {fit.reason}", file=sys.stderr)
@@ -75,6 +74,10 @@ def print_size(client: AdminClient, request: dict[str, object]) -> None:
             f"{name}: {size(fit.weight_bytes)} of weights{quantization}{kv}; budget {size(fit.capacity_bytes)}",
             file=sys.stderr,
         )
+
+
+def _flag(setting: str, value: str) -> str:
+    return f"--{setting.replace('_', '-')} {value}"
 
 
 def _find(client: AdminClient, name: str) -> Model | None:

@@ -198,6 +198,7 @@ def show_fit(console: Console, name: str, fit: ModelFit) -> None:
     console.print(f"  weights    {size(fit.weight_bytes)}{sure}")
     if fit.unpacked_blocks:
         smaller = f"; as nf4 {size(fit.nf4_weight_bytes)}" if fit.nf4_weight_bytes else ""
+        smaller += f"; kept {size(fit.kept_weight_bytes)}" if fit.kept_weight_bytes else ""
         console.print(
             f"  file       {size(fit.stored_bytes)} of {fit.unpacked_blocks} blocks, which are unpacked{smaller}"
         )

@@ -168,6 +168,7 @@ class RuntimeStateApi(RuntimeStateServicer):
             unpacked_blocks=look.unpacking.blocks if look.unpacking is not None else "",
             stored_bytes=look.unpacking.stored_bytes if look.unpacking is not None else 0,
             nf4_weight_bytes=look.unpacking.nf4_weight_bytes if look.unpacking is not None else 0,
+            kept_weight_bytes=look.unpacking.kept_weight_bytes if look.unpacking is not None else 0,
         )
 
     def _fit(self, needs: Needs, hello: Hello) -> DeviceFit:

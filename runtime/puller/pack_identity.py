@@ -6,7 +6,7 @@ from common.model_key import ModelSettings, Quantization
 from runtime.errors import InvalidRequest
 from runtime.puller.checkpoint_check import CheckpointKind, CheckpointSummary
 from runtime.puller.pack.request import PACKER_VERSION
-from runtime.puller.sizing import DTYPE_BYTES, tensor_bytes, with_codes_as_bytes
+from runtime.puller.sizing import DTYPE_BYTES, keeps_blocks, tensor_bytes, with_codes_as_bytes
 
 # Their layers are transformers' Conv1D, whose weights are transposed and which the packer leaves as they are.
 _WITHOUT_LINEAR_LAYERS = frozenset({"GPT2LMHeadModel", "GPT2DoubleHeadsModel", "GPT2Model", "OpenAIGPTLMHeadModel"})
@@ -42,6 +42,7 @@ def pack_key(identity: str, settings: ModelSettings, device: str) -> str:
         str(settings.double_quant),
         settings.dtype,
         "cpu" if device == "cpu" else "gpu",
+        *(("unpacked",) if settings.quantize is Quantization.NONE and not keeps_blocks(settings, device) else ()),
     )
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 

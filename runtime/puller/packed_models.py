@@ -16,7 +16,7 @@ from runtime.puller.pack.request import PACKED_NAME, PackRequest
 from runtime.puller.pack_identity import chosen_quantization, pack_key, packed_bytes
 from runtime.puller.progress import PullJob
 from runtime.puller.safetensors_header import read_header
-from runtime.puller.sizing import DTYPE_BYTES, checkpoint_dtype, compute_dtype, tensor_bytes
+from runtime.puller.sizing import DTYPE_BYTES, checkpoint_dtype, compute_dtype, keeps_blocks, tensor_bytes
 from runtime.types import Checkpoint
 
 _TOKENIZER_BYTES = 64 << 20
@@ -79,6 +79,7 @@ class PackedModels:
                 source=identity,
                 quantization=quantization,
                 double_quant=settings.double_quant,
+                keep_blocks=keeps_blocks(settings, device),
                 dtype=dtype,
             )
             plain = self._dequantised(request, identity, settings, device)

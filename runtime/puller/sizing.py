@@ -84,11 +84,13 @@ class Unpacking:
         blocks: the type that holds most bytes, such as Q4_K.
         stored_bytes: the size of all tensors in the file.
         nf4_weight_bytes: the size of the weights if they were quantised to NF4; 0 if they are quantised already.
+        kept_weight_bytes: the size of the weights if the blocks were kept; 0 if they cannot be.
     """
 
     blocks: str
     stored_bytes: int
     nf4_weight_bytes: int
+    kept_weight_bytes: int
 
 
 def needs_of(
@@ -104,8 +106,10 @@ def needs_of(
     max_model_len = min(settings.max_model_len or geometry.max_model_len, geometry.max_model_len)
     if tensors:
         tensors = with_codes_as_bytes(tensors)
+        keep = keeps_blocks(settings, device)
         weight_bytes = sum(
-            tensor_bytes(tensor, settings.quantize, size) // (num_devices if _is_divided(tensor) else 1)
+            tensor_bytes(tensor, settings.quantize, size, keep_blocks=keep)
+            // (num_devices if _is_divided(tensor) else 1)
             for tensor in tensors
         )
         num_parameters = sum(tensor.numel for tensor in tensors if tensor.dtype in _FLOATS)
@@ -146,13 +150,22 @@ def unpacking_of(
     if not quantised:
         return None
     blocks = max(quantised, key=quantised.__getitem__)
-    if settings.quantize is Quantization.NONE and blocks in KEPT_BLOCKS:
+    if blocks in KEPT_BLOCKS and keeps_blocks(settings, device):
         return None
-    nf4_bytes = 0
+    nf4_weight_bytes = kept_weight_bytes = 0
     if settings.quantize is Quantization.NONE:
         as_nf4 = msgspec.structs.replace(settings, quantize=Quantization.NF4)
-        nf4_bytes = needs_of(geometry, tensors, as_nf4, device).weight_bytes
-    return Unpacking(blocks, stored.total(), nf4_bytes)
+        nf4_weight_bytes = needs_of(geometry, tensors, as_nf4, device).weight_bytes
+        if blocks in KEPT_BLOCKS:
+            as_stored = msgspec.structs.replace(settings, gguf_blocks="keep")
+            kept_weight_bytes = needs_of(geometry, tensors, as_stored, device).weight_bytes
+    return Unpacking(blocks, stored.total(), nf4_weight_bytes, kept_weight_bytes)
+
+
+def keeps_blocks(settings: ModelSettings, device: str) -> bool:
+    """Whether blocks of a GGUF file that the kernels read stay as they are. On a CPU they take 3 to 5 times as long as unpacked weights."""
+    wanted = settings.gguf_blocks == "keep" or (settings.gguf_blocks == "auto" and device != "cpu")
+    return wanted and settings.quantize is Quantization.NONE
 
 
 def compute_dtype(wanted: str, checkpoint: str, device: str) -> str:
@@ -167,17 +180,18 @@ def compute_dtype(wanted: str, checkpoint: str, device: str) -> str:
     return checkpoint if checkpoint in ("float32", "bfloat16", "float16") else "bfloat16"
 
 
-def tensor_bytes(tensor: TensorShape, quantize: Quantization, dtype_bytes: int) -> int:
+def tensor_bytes(tensor: TensorShape, quantize: Quantization, dtype_bytes: int, *, keep_blocks: bool = False) -> int:
     """Return the bytes of one tensor in memory.
 
-    Matrices of decoder layers are quantised; tensors that are quantised already, and GGUF blocks that the kernels read, keep their size.
+    Matrices of decoder layers are quantised; tensors that are quantised already keep their size, and with `keep_blocks` so do GGUF blocks that the
+    kernels read.
     """
     if tensor.dtype not in _FLOATS:
         return tensor.numel * DTYPE_BYTES.get(tensor.dtype, 1)
     packed = None
-    if quantize is Quantization.NONE:
+    if keep_blocks:
         packed = kept_bytes(tensor.name, tensor.shape, tensor.blocks)
-    elif is_layer_matrix(tensor.name, tensor.shape):
+    elif quantize is not Quantization.NONE and is_layer_matrix(tensor.name, tensor.shape):
         packed = packed_bytes(tensor.shape, quantize)
     return tensor.numel * dtype_bytes if packed is None else packed
 

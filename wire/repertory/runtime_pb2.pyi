@@ -182,7 +182,7 @@ class FitRequest(_message.Message):
     def __init__(self, model_id: _Optional[str] = ..., model_path: _Optional[str] = ..., model_key: _Optional[str] = ..., sizes_only: bool = ...) -> None: ...
 
 class FitResponse(_message.Message):
-    __slots__ = ("weight_bytes", "kv_bytes_per_token", "min_kv_bytes", "workspace_bytes", "capacity_bytes", "fits", "reason", "evicts", "max_model_len", "quantization", "architecture", "num_parameters", "exact", "wanted_model_len", "unpacked_blocks", "stored_bytes", "nf4_weight_bytes", "num_devices")
+    __slots__ = ("weight_bytes", "kv_bytes_per_token", "min_kv_bytes", "workspace_bytes", "capacity_bytes", "fits", "reason", "evicts", "max_model_len", "quantization", "architecture", "num_parameters", "exact", "wanted_model_len", "unpacked_blocks", "stored_bytes", "nf4_weight_bytes", "num_devices", "kept_weight_bytes")
     WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     MIN_KV_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -201,6 +201,7 @@ class FitResponse(_message.Message):
     STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
     NF4_WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_DEVICES_FIELD_NUMBER: _ClassVar[int]
+    KEPT_WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     weight_bytes: int
     kv_bytes_per_token: int
     min_kv_bytes: int
@@ -219,7 +220,8 @@ class FitResponse(_message.Message):
     stored_bytes: int
     nf4_weight_bytes: int
     num_devices: int
-    def __init__(self, weight_bytes: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., min_kv_bytes: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., fits: bool = ..., reason: _Optional[str] = ..., evicts: _Optional[_Iterable[str]] = ..., max_model_len: _Optional[int] = ..., quantization: _Optional[str] = ..., architecture: _Optional[str] = ..., num_parameters: _Optional[int] = ..., exact: bool = ..., wanted_model_len: _Optional[int] = ..., unpacked_blocks: _Optional[str] = ..., stored_bytes: _Optional[int] = ..., nf4_weight_bytes: _Optional[int] = ..., num_devices: _Optional[int] = ...) -> None: ...
+    kept_weight_bytes: int
+    def __init__(self, weight_bytes: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., min_kv_bytes: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., fits: bool = ..., reason: _Optional[str] = ..., evicts: _Optional[_Iterable[str]] = ..., max_model_len: _Optional[int] = ..., quantization: _Optional[str] = ..., architecture: _Optional[str] = ..., num_parameters: _Optional[int] = ..., exact: bool = ..., wanted_model_len: _Optional[int] = ..., unpacked_blocks: _Optional[str] = ..., stored_bytes: _Optional[int] = ..., nf4_weight_bytes: _Optional[int] = ..., num_devices: _Optional[int] = ..., kept_weight_bytes: _Optional[int] = ...) -> None: ...
 
 class ListFilesRequest(_message.Message):
     __slots__ = ()

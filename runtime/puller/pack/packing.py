@@ -275,9 +275,7 @@ def _read_gguf(request: PackRequest, out_dir: Path, say: Say) -> dict[str, Tenso
         if not request.pack_weights:
             return {}
         say(PackProgress(0, 0, f"dequantising {path.name}"))
-        return read_gguf_weights(
-            reader, model, index.architecture, card.dtype, keep_blocks=request.quantization is Quantization.NONE
-        )
+        return read_gguf_weights(reader, model, index.architecture, card.dtype, keep_blocks=request.keep_blocks)
     except (LoadFailed, MemoryError):
         raise
     except Exception as error:  # the readers raise whatever a file of foreign make leads them to

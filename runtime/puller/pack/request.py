@@ -11,7 +11,10 @@ PACKER_VERSION = "6"
 
 
 class PackRequest(msgspec.Struct, frozen=True):
-    """`kind` as runtime.puller.checkpoint_check.CheckpointKind. `pack_weights` False: only the tokenizer is converted."""
+    """`kind` as runtime.puller.checkpoint_check.CheckpointKind. `pack_weights` False: only the tokenizer is converted.
+
+    `keep_blocks`: blocks of a GGUF file that the kernels read stay as they are.
+    """
 
     kind: str
     model_dir: str
@@ -20,6 +23,7 @@ class PackRequest(msgspec.Struct, frozen=True):
     source: str  # the source's identity, kept in the file
     quantization: Quantization = Quantization.NONE
     double_quant: bool = False
+    keep_blocks: bool = False
     dtype: str = "float32"
     pack_weights: bool = True
 

@@ -170,6 +170,14 @@ async def test_register_says_what_a_gguf_file_takes_before_it_is_registered(
     )
     assert (await say("register", "q", "/q.gguf"))[2].startswith(sentence)
     assert "5.0 MiB of Q4_K blocks, which are unpacked; as nf4 6.0 MiB" in (await say("fit", "/q.gguf"))[1]
+    pod.runtime.switches.unpacking["/q4_0.gguf"] = {
+        **pod.runtime.switches.unpacking["/q.gguf"],
+        "unpacked_blocks": "Q4_0",
+        "kept_weight_bytes": 7 << 20,
+    }
+    note = (await say("register", "k", "/q4_0.gguf"))[2]
+    assert "unpacked to 16 MiB when the model is loaded; --gguf-blocks keep takes 7.0 MiB and is slower\n" in note
+    assert "as nf4 6.0 MiB; kept 7.0 MiB" in (await say("fit", "/q4_0.gguf"))[1]
     answer = await pod.name("r", "/q.gguf")
     assert (answer["fit"]["unpacked_blocks"], answer["fit"]["weight_bytes"]) == ("Q4_K", 16 << 20)
     assert (await pod.model("r"))["fit"] is None

@@ -32,7 +32,7 @@ def loaded(folder: Path, kind: Blocks, other: Blocks, *, fuse: bool) -> tuple[Re
     write_llama(original, path, blocks=lambda name: other if name in others else kind)
     out = folder / "out"
     out.mkdir()
-    pack(PackRequest("gguf", str(folder), (str(path),), str(out), "test"), lambda event: None)
+    pack(PackRequest("gguf", str(folder), (str(path),), str(out), "test", keep_blocks=True), lambda event: None)
     checkpoint = Checkpoint(str(out), (), str(out / PACKED_NAME), Quantization.NONE, "float32")
     oracle: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, dtype=torch.float32)
     return bring_up(checkpoint, fuse=fuse), oracle.eval()

@@ -110,7 +110,9 @@ def test_kept_gguf_blocks_on_two_ranks_give_the_text_of_one(single: Engine, pair
     write_llama(model, tmp_path / "m.gguf", blocks=lambda name: others.get(name, GGMLQuantizationType.Q4_0))
     (tmp_path / "out").mkdir()
     pack(
-        PackRequest("gguf", str(tmp_path), (str(tmp_path / "m.gguf"),), str(tmp_path / "out"), "test"),
+        PackRequest(
+            "gguf", str(tmp_path), (str(tmp_path / "m.gguf"),), str(tmp_path / "out"), "test", keep_blocks=True
+        ),
         lambda event: None,
     )
     checkpoint = Checkpoint(

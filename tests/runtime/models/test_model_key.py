@@ -47,6 +47,11 @@ def test_parse_model_names_the_field() -> None:
     assert caught.value.param == "sampling.top_p"
 
 
+def test_parse_model_refuses_to_keep_blocks_that_are_to_be_quantised() -> None:
+    with pytest.raises(InvalidRequest, match="gguf_blocks keep excludes quantize nf4"):
+        parse_model("/m", '{"gguf_blocks": "keep", "quantize": "nf4"}')
+
+
 def test_parse_model_reads_an_empty_storage_key_as_none() -> None:
     assert parse_model("/m", '{"storage_key": ""}')[0].storage_key is None
 

@@ -38,7 +38,8 @@ def write(folder: Path, kind: Blocks, *, mixed: bool = False, hidden: int = 64) 
 def packed(path: Path) -> dict[str, torch.Tensor]:
     out = path.parent / "out"
     out.mkdir()
-    pack(PackRequest("gguf", str(path.parent), (str(path),), str(out), "test"), lambda event: None)
+    request = PackRequest("gguf", str(path.parent), (str(path),), str(out), "test", keep_blocks=True)
+    pack(request, lambda event: None)
     return {name: tensor for name, tensor in load_file(out / PACKED_NAME).items() if not name.startswith(PADDING)}
 
 
@@ -83,7 +84,8 @@ def test_pack_treats_each_matrix_of_a_mixed_file_by_its_type(tmp_path: Path) -> 
 def test_predicted_bytes_are_those_of_the_kept_blocks(tmp_path: Path, mixed: bool) -> None:
     path = write(tmp_path, Blocks.Q4_0, mixed=mixed)
     stored = sum(tensor.numel() * tensor.itemsize for tensor in packed(path).values())
-    assert stored == sum(tensor_bytes(tensor, Quantization.NONE, 4) for tensor in read_index(path).tensors)
+    tensors = read_index(path).tensors
+    assert stored == sum(tensor_bytes(tensor, Quantization.NONE, 4, keep_blocks=True) for tensor in tensors)
 
 
 async def test_kept_blocks_are_quantised_from_the_file(tmp_path: Path) -> None:
@@ -99,7 +101,7 @@ async def test_kept_blocks_are_quantised_from_the_file(tmp_path: Path) -> None:
         return await asyncio.to_thread(Path(found.checkpoint.packed_file).read_bytes)
 
     nf4 = ModelSettings(quantize=Quantization.NF4)
-    after = await prepared(tmp_path / "after", ModelSettings(), nf4)
+    after = await prepared(tmp_path / "after", ModelSettings(gguf_blocks="keep"), nf4)
     assert after == await prepared(tmp_path / "alone", nf4)
 
 
@@ -113,4 +115,35 @@ async def test_look_says_that_nothing_is_unpacked_where_most_blocks_are_kept(tmp
     quantised = await preparation.look(source, ModelSettings(quantize=Quantization.INT8), "cuda")
     assert quantised.unpacking is not None
     assert quantised.unpacking.blocks == "Q4_0"
+    preparation.close()
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "is_kept"),
+    [
+        ("cpu", ModelSettings(), False),
+        ("cpu", ModelSettings(gguf_blocks="keep"), True),
+        ("cuda", ModelSettings(), True),
+        ("cuda", ModelSettings(gguf_blocks="unpack"), False),
+    ],
+)
+async def test_blocks_are_kept_where_they_are_fast_or_wanted(
+    tmp_path: Path, device: str, settings: ModelSettings, is_kept: bool
+) -> None:
+    """The file, the prediction and the packs of the other choice in the same cache agree."""
+    source = ModelSource(str(write(tmp_path, Blocks.Q4_0)))
+    preparation = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30))
+    other = ModelSettings(gguf_blocks="unpack" if is_kept else "keep")
+    for one in (other, settings):
+        found = await preparation.prepare(source, one, device, lambda progress: None)
+    assert found.checkpoint.packed_file is not None
+    tensors = load_file(found.checkpoint.packed_file)
+    assert any(name.endswith(".q4_0") for name in tensors) is is_kept
+    look = await preparation.look(source, settings, device)
+    stored = sum(tensor.nbytes for name, tensor in tensors.items() if not name.startswith(PADDING))
+    assert look.needs.weight_bytes == stored
+    assert (look.unpacking is None) is is_kept
+    if look.unpacking is not None:
+        kept = (await preparation.look(source, other, device)).needs.weight_bytes
+        assert look.unpacking.kept_weight_bytes == kept < 0.7 * stored
     preparation.close()
