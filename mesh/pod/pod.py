@@ -14,6 +14,7 @@ from mesh.placement.copies import LocalCopies
 from mesh.placement.copy_scaler import CopyScaler
 from mesh.placement.heartbeat import Heartbeat
 from mesh.placement.reaper import Reaper
+from mesh.pod.background import BackgroundTasks
 from mesh.pod.dynamic_settings import dynamic_settings
 from mesh.pod.envoy import PodEnvoy
 from mesh.pod.identity import Ports, check_addresses, default_instance_id, own_record
@@ -72,7 +73,7 @@ class Pod:
         self._static_registered = False
         self._stopping = asyncio.Event()
         self._drained = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks = BackgroundTasks()
         self._heartbeat: Heartbeat | None = None
         self._build()
 
@@ -157,22 +158,20 @@ class Pod:
         )
         self.reconciler.start()
         self._transitions.start()
-        self._tasks = [
-            asyncio.create_task(work)
-            for work in (
-                self._register_static(),
-                self._heartbeat.run(),
-                self._publish_readiness(),
-                self._reaper.run(),
-                self.contact.run(),
-                self.access.run(),
-                self.peer_health.run(),
-                self._silence.run(),
-                self.scaler.run(),
-                self._dynamic_config.run(),
-                *(() if self._front is None else (self._front.run(),)),
-            )
-        ]
+        for work in (
+            self._register_static(),
+            self._heartbeat.run(),
+            self._publish_readiness(),
+            self._reaper.run(),
+            self.contact.run(),
+            self.access.run(),
+            self.peer_health.run(),
+            self._silence.run(),
+            self.scaler.run(),
+            self._dynamic_config.run(),
+            *(() if self._front is None else (self._front.run(),)),
+        ):
+            self._tasks.start(work)
         logger.info("pod is up", extra={"instance": self.instance_id, "grpc": self.ports.grpc, "http": self.ports.http})
 
     async def stop(self) -> None:
@@ -182,7 +181,7 @@ class Pod:
         self._stopping.set()
         drained = asyncio.create_task(self._drain_front())
         logger.info("pod stops", extra={"instance": self.instance_id})
-        await _cancel(self._tasks)
+        await self._tasks.cancel()
         self._router.stop()
         if self._heartbeat is not None:
             await self.grpc.set_ready(False)
@@ -216,6 +215,11 @@ class Pod:
 
     def _is_loaded(self, model_id: str) -> bool:
         return self.states.status(model_id).status is ModelStatus.LOADED
+
+    @property
+    def failed(self) -> asyncio.Event:
+        """Set once a part of the pod has failed. Stop the pod and start another one."""
+        return self._tasks.failed
 
     @property
     def ports(self) -> Ports:
@@ -267,10 +271,3 @@ async def _listening(kind: str, address: str, starting: Coroutine[Any, Any, None
         await starting
     except OSError as error:
         raise OSError(f"{kind} address {address} cannot be listened on: {error.strerror or error}") from None
-
-
-async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks)

@@ -24,7 +24,9 @@ _FEW_FILES = 4096
 
 
 def run_pod(config: MeshConfig, *, warnings: Sequence[str] = ()) -> int:
-    """Serve until SIGTERM or SIGINT and return the exit status: 0, or with one line on stderr 2 (invalid configuration) or 1 (cannot start).
+    """Serve until SIGTERM or SIGINT and return the exit status: 0, or 1 after a part of the pod has failed.
+
+    With one line on stderr it is 2 (invalid configuration) or 1 (cannot start).
 
     `warnings` about the configuration are logged first.
     """
@@ -68,7 +70,10 @@ async def _serve(config: MeshConfig) -> int:
         gc.collect()
         gc.freeze()
         gc.set_threshold(20_000, 50, 50)
-        await asked_to_stop.wait()
+        ends = [asyncio.create_task(event.wait()) for event in (asked_to_stop, pod.failed)]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
     finally:
         await pod.stop()
-    return 0
+    return 1 if pod.failed.is_set() else 0
