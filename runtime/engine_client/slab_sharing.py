@@ -1,6 +1,7 @@
 """Carries slabs between the engines that share devices, as slab_broker decides from what they report."""
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,10 +13,13 @@ from runtime.engine_client.slab_broker import EngineShare, IdleModel, ResizeOrde
 from runtime.eviction_worth import eviction_worth
 from runtime.ipc.messages import Command, DeviceShareFigures, EngineStats, Hello, Resize
 
+logger = logging.getLogger(__name__)
+
 _LOOK_S = 0.25  # requests become overdue without any report
 _RETRY_S = 0.05  # after an engine kept more than it was asked to keep
-_RETRY_GROWTH_S = 1.0  # after the driver had less than expected: the memory of a process that ended is released late
-_MOST_DOUBLINGS = 6
+_REPAIR_S = 1.0  # after an exception
+_RETRY_GROWTH_S = 0.25  # after the driver had less than expected: the memory of a process that ended is released late
+_MOST_DOUBLINGS = 8
 _GUESSED_BYTES_PER_S = 40e9  # of a return whose time was never reported
 
 
@@ -113,13 +117,16 @@ class SlabSharing:
         while not member.is_admitted:
             await self.changes.wait()
 
-    def overhead_bytes(self, devices: Sequence[int]) -> int:
-        """Return the most memory that the processes of further engines take on one of the devices."""
+    def overhead_bytes(self, devices: Sequence[int], besides: SharingEngine) -> int:
+        """Return the most memory that the processes of further engines, without that of `besides`, take on one of the devices."""
         taken = [
             sum(
                 member.overhead_bytes
                 for member in self._members
-                if not member.is_home and member.is_admitted and str(device) in member.devices
+                if member.client is not besides
+                and not member.is_home
+                and member.is_admitted
+                and str(device) in member.devices
             )
             for device in devices
         ]
@@ -129,7 +136,12 @@ class SlabSharing:
         """Move slabs until cancelled."""
         while True:
             seen = self.changes.version
-            is_lacking = self.step(asyncio.get_running_loop().time())
+            try:
+                is_lacking = self.step(asyncio.get_running_loop().time())
+            except Exception:
+                logger.exception("memory could not be moved between engines; the next attempt is in %g s", _REPAIR_S)
+                await asyncio.sleep(_REPAIR_S)
+                continue
             await self.changes.wait(_LOOK_S if is_lacking else None, since=seen)
 
     def step(self, now_s: float) -> bool:

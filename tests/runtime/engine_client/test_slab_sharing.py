@@ -1,5 +1,7 @@
 """Three engines of two devices in one process, on fake backends: what the broker decides and what the engines do fit together."""
 
+import asyncio
+import logging
 import random
 
 import pytest
@@ -142,3 +144,33 @@ async def test_engine_evicts_its_own_idle_models_where_the_driver_has_less_than_
         devices.turn(100)
         assert answer.finish is FinishReason.LENGTH
     devices.check()
+
+
+class FaultyEngine(StageEngine):
+    """Fails at the first command."""
+
+    num_sent = 0
+
+    def send(self, command: Command) -> bool:
+        self.num_sent += 1
+        if self.num_sent == 1:
+            raise RuntimeError("a fault")
+        return super().send(command)
+
+
+async def test_slab_sharing_goes_on_after_an_exception_and_logs_it(caplog: pytest.LogCaptureFixture) -> None:
+    engine = FaultyEngine({"a": FakeSpec(3, eos=(), kv=KV, load_polls=1)})
+    changes = Changes()
+    sharing = SlabSharing(changes, {})
+    sharing.add(engine, (0,), 0, is_home=True)
+    with caplog.at_level(logging.ERROR):
+        running = asyncio.create_task(sharing.run())
+        async with asyncio.timeout(10):
+            while not engine.stage.backend.committed:
+                engine.turn()
+                changes.notify()
+                await asyncio.sleep(0.01)
+    running.cancel()
+    assert engine.num_sent > 1
+    assert "a fault" in caplog.text
+    engine.stage.close()
