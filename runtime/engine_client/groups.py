@@ -152,7 +152,8 @@ class EngineGroups:
         all_names = [name for group in found for name in group.devices]
         for number in range(self._num_homes, len(self._clients)):
             names = tuple(all_names[device] for device in self._devices(number))
-            found.append(self._group(number, names, self._clients[number].hello or self._expected(number, names)))
+            hello = self._clients[number].hello or self._expected(number, names)
+            found.append(self._group(number, names, self._left(number, hello)))
         if self._num_homes == len(self._clients):
             return tuple(found)
         return tuple(replace(group, neighbours=_neighbours(group, found)) for group in found)
@@ -164,8 +165,8 @@ class EngineGroups:
         return EngineGroup(names, hello, stats, client.state, frozenset(client.models), is_shared)
 
     def _left(self, number: int, hello: Hello) -> Hello:
-        """Return a group's figures without the memory that the processes of shared groups take."""
-        taken_bytes = self._sharing.overhead_bytes(self._devices(number))
+        """Return a group's figures without the memory that the processes of other, shared groups take."""
+        taken_bytes = self._sharing.overhead_bytes(self._devices(number), self._clients[number])
         if not taken_bytes:
             return hello
         return msgspec.structs.replace(hello, device_budget_bytes=hello.device_budget_bytes - taken_bytes)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,19 @@ def test_share_devices_marks_only_those_of_shared_groups() -> None:
     homes = [EngineConfig(device=f"cuda:{number}") for number in range(3)]
     shared = plan_shared_groups(homes, ())
     assert [home.shares_device for home in share_devices(homes, shared)] == [True, True, False]
+
+
+async def test_budget_of_a_shared_group_is_without_what_other_shared_groups_take() -> None:
+    homes = [EngineConfig(device="cpu")] * 4
+    shared = [replace(group, overhead_bytes=10_000) for group in plan_shared_groups(homes, ((2, 2), (4,)))]
+    groups = EngineGroups(share_devices(homes, shared), shared=shared, command=fake_command(), restart=FAST)
+    groups.start()
+    await groups.wait_ready()
+    assert budgets_of(groups.groups) == {1: BUDGET_BYTES, 2: BUDGET_BYTES - 10_000, 4: BUDGET_BYTES - 10_000}
+    await load(groups, "pair", 1000, wanted=2)
+    assert [group.hello.device_budget_bytes for group in groups.groups] == [
+        *(BUDGET_BYTES - 10_000, BUDGET_BYTES - 10_000, BUDGET_BYTES, BUDGET_BYTES),
+        *(BUDGET_BYTES - 10_000, BUDGET_BYTES - 10_000),
+        BUDGET_BYTES - 20_000,
+    ]
+    await groups.stop(0.0)
