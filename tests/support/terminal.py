@@ -1,4 +1,4 @@
-"""Runs a command in a pseudo-terminal of a given size, types into it, and returns what the screen shows."""
+"""Runs a command or a function in a pseudo-terminal of a given size, types into it, and returns what the screen shows."""
 
 import contextlib
 import fcntl
@@ -9,9 +9,11 @@ import select
 import signal
 import struct
 import subprocess
+import sys
 import termios
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 _CONTROL = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])|\x1b[=>78]|([\r\n\b\x07])|([^\x1b\r\n\b\x07]+)|\x1b")
@@ -41,8 +43,7 @@ def run_in_terminal(
 
     Raises AssertionError with what was shown if the command outlasts `timeout_s`.
     """
-    terminal, inner = pty.openpty()
-    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    terminal, inner = _open_terminal(columns, rows)
     process = subprocess.Popen(
         command,
         stdin=inner,
@@ -77,6 +78,70 @@ def run_in_terminal(
         process.wait()
         os.close(terminal)
     return Screen(screen_text(raw), raw, status)
+
+
+def call_in_terminal(
+    call: Callable[[], int], *, columns: int = 80, rows: int = 50, environment: dict[str, str] | None = None
+) -> Screen:
+    """Call a function of this process whose standard input and outputs are the terminal. It returns an exit status or raises SystemExit."""
+    terminal, inner = _open_terminal(columns, rows)
+    chunks: list[str] = []
+
+    def read() -> None:
+        while chunk := _read(terminal):
+            chunks.append(chunk)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        with _streams_on(inner), _environment({**_plain_environment(), **(environment or {})}):
+            os.close(inner)
+            try:
+                status = call()
+            except SystemExit as ended:
+                status = int(ended.code or 0)
+    finally:
+        reader.join()
+        os.close(terminal)
+    raw = "".join(chunks)
+    return Screen(screen_text(raw), raw, status)
+
+
+def _open_terminal(columns: int, rows: int) -> tuple[int, int]:
+    terminal, inner = pty.openpty()
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    return terminal, inner
+
+
+@contextlib.contextmanager
+def _streams_on(file: int) -> Iterator[None]:
+    """Replace this process's standard streams, and their descriptors, by which libraries find the width of the terminal."""
+    kept_streams = sys.stdin, sys.stdout, sys.stderr
+    kept_files = [os.dup(number) for number in range(3)]
+    for number in range(3):
+        os.dup2(file, number)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(os.dup(file), mode, encoding="utf-8") for mode in "rww")
+    try:
+        yield
+    finally:
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            stream.close()
+        sys.stdin, sys.stdout, sys.stderr = kept_streams
+        for number, kept in enumerate(kept_files):
+            os.dup2(kept, number)
+            os.close(kept)
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    kept = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
 
 
 def _take_terminal() -> None:
