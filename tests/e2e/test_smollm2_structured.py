@@ -47,9 +47,17 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
             yield made
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+NAMED = {"type": "function", "function": {"name": "time"}}
+
+
 @pytest.mark.parametrize(
-    "choice", ["required", {"type": "function", "function": {"name": "time"}}], ids=["required", "named"]
+    ("choice", "temperature"),
+    [
+        ("required", 1.0),
+        (NAMED, 0.0),
+        pytest.param("required", 0.0, marks=pytest.mark.long),
+        pytest.param(NAMED, 1.0, marks=pytest.mark.long),
+    ],
 )
 def test_required_call_is_valid(client: openai.OpenAI, choice: Any, temperature: float) -> None:
     answer = client.chat.completions.create(

@@ -182,6 +182,7 @@ def test_sizes_are_predicted_per_rank(pair: Engine, tmp_path: Path) -> None:
     assert needs.weight_bytes <= facts.weight_bytes <= needs.weight_bytes + padding
 
 
+@pytest.mark.long  # that of saved KV evicts and returns models, too
 def test_sharded_models_are_evicted_and_return(tmp_path: Path) -> None:
     first, asked, expected = saved("llama", tmp_path / "a")
     second, asked_of_second, expected_of_second = saved("llama", tmp_path / "b", seed=1)
@@ -206,15 +207,14 @@ def test_rows_with_a_mask_and_allowed_tokens_run_on_all_ranks(pair: Engine, tmp_
     assert timeline.tokens == 8 * len(requests)
 
 
-def test_model_that_only_fits_divided_loads(tmp_path: Path) -> None:
+def test_model_that_only_fits_divided_loads(single: Engine, tmp_path: Path) -> None:
     checkpoint, asked, expected = saved("llama", tmp_path)
     weight_bytes = sum(Path(file).stat().st_size for file in checkpoint.weight_files)
     checkpoint = msgspec.structs.replace(checkpoint, weight_bytes=weight_bytes)
-    slab_bytes = 1 << 14
-    with engine(config(1, slab_bytes=slab_bytes, device_budget_bytes=64 << 20)) as running:
-        on_one = running.load("m", checkpoint, max_model_len=128)[0].facts.weight_bytes
+    with loaded(single, "m", checkpoint) as alone:
+        on_one = alone.weight_bytes
     budget = weight_bytes * 9 // 10
-    with engine(config(2, slab_bytes=slab_bytes) | {"device_budget_bytes": budget}) as running:
+    with engine(config(2, slab_bytes=1 << 14) | {"device_budget_bytes": budget}) as running:
         facts = running.load("m", checkpoint, max_model_len=128)[0].facts
         assert facts.weight_bytes < budget < on_one
         assert texts(running, "m", asked) == expected

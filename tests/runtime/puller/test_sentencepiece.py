@@ -17,6 +17,7 @@ from runtime.text.tokenizer import TextTokenizer, open_tokenizer
 from runtime.text.tokenizer_files import read_tokenizer_config
 from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
+from tests.support.packing import pack_here
 from tests.support.sources import OPEN
 
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps under some tree while rain falls on the roof"
@@ -79,7 +80,7 @@ def test_convert_tokenizer_matches_sentencepiece(kind: str, tmp_path: Path) -> N
 
 async def test_preparer_converts_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
     oracle = with_sentencepiece(tmp_path / "m", "bpe")
-    preparation = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30))
+    preparation = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30), pack_here)
     for quantize in (Quantization.NONE, Quantization.NF4):
         settings = ModelSettings(quantize=quantize)
         prepared = await preparation.prepare(

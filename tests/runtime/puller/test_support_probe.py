@@ -14,14 +14,13 @@ from common.model_key import ModelSettings
 from runtime.engine import support_check
 from runtime.errors import LoadFailed
 from runtime.puller.cache import Cache
-from runtime.puller.pack.packing import pack
-from runtime.puller.pack.request import PackRequest
 from runtime.puller.preparer import CheckpointPreparer
 from runtime.puller.progress import PullJob
 from runtime.puller.support_probe import SupportProbe
 from runtime.types import ModelSource
 from tests.support.gguf_files import write_llama
 from tests.support.llama_checkpoints import tiny_llama
+from tests.support.packing import pack_here
 from tests.support.sources import OPEN
 
 TINY = {
@@ -114,9 +113,6 @@ def biased(writer: gguf.GGUFWriter) -> None:
 async def test_refusal_of_a_gguf_file_is_that_of_its_load(
     tmp_path: Path, options: dict[str, Callable[[gguf.GGUFWriter], None]], reason: str
 ) -> None:
-    def pack_here(request: PackRequest, job: PullJob) -> None:
-        pack(request, lambda event: job.check())
-
     def ask(folder: Path, max_model_len: int | None, job: PullJob) -> str:
         return support_check.refusal(folder, max_model_len)
 

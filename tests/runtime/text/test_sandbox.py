@@ -33,7 +33,8 @@ def rendered(template: str, chat: list[ChatMessage] | None = None) -> str:
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
-def test_render_refuses_unbounded_templates(template: str) -> None:
+def test_render_refuses_unbounded_templates(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.text.sandbox._MOST_STEPS", 40_000)
     with pytest.raises(InvalidRequest, match="model m: its chat template"):
         rendered(template)
 
@@ -56,6 +57,7 @@ def test_render_allows_recursive_loops() -> None:
     assert rendered(template) == "122232"
 
 
+@pytest.mark.no_cover
 def test_render_hides_the_budget_from_the_template() -> None:
     names = ("{% set __budget = namespace(step=dict) %}", f"{{% set {BUDGET} = 1 %}}")
     with pytest.raises(InvalidRequest, match="more than 4000000 steps"):
@@ -76,6 +78,7 @@ def test_render_keeps_loop_variables() -> None:
     assert rendered(template) == "1/2TrueFalseTrue2/2FalseTrueFalsea1empty"
 
 
+@pytest.mark.no_cover
 def test_render_accepts_a_long_chat() -> None:
     template = "{% for m in messages %}{{ m.role.strip() + ': ' + m['content'].strip() }}\n{% endfor %}"
     assert rendered(template, CHAT * 50_000).count("\n") == 100_000

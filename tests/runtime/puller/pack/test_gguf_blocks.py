@@ -22,6 +22,7 @@ from runtime.puller.sizing import tensor_bytes
 from runtime.types import ModelSource
 from tests.support.gguf_files import write_llama
 from tests.support.llama_checkpoints import tiny_llama
+from tests.support.packing import pack_here
 from tests.support.sources import OPEN
 
 MIXED = {"attn_v": Blocks.Q8_0, "ffn_down": Blocks.Q4_1, "output": Blocks.Q8_0}
@@ -93,7 +94,7 @@ async def test_kept_blocks_are_quantised_from_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, Blocks.Q4_0)
 
     async def prepared(cache: Path, *settings: ModelSettings) -> bytes:
-        preparation = CheckpointPreparer(OPEN, Cache(cache, 1 << 30))
+        preparation = CheckpointPreparer(OPEN, Cache(cache, 1 << 30), pack_here)
         for one in settings:
             found = await preparation.prepare(ModelSource(str(path)), one, "cpu", lambda progress: None)
         preparation.close()

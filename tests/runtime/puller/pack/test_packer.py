@@ -16,13 +16,11 @@ from runtime.checkpoint.layout_4bit import bitsandbytes_layout_4bit
 from runtime.errors import InvalidRequest, LoadFailed, ModelTooLarge, RepertoryError
 from runtime.models.model_state import Phase, Prepared, Progress
 from runtime.puller.cache import Cache
-from runtime.puller.pack.packing import pack
-from runtime.puller.pack.request import PackRequest
 from runtime.puller.preparer import CheckpointPreparer
-from runtime.puller.progress import PullJob
 from runtime.types import ModelSource
 from tests.support.families import family
 from tests.support.llama_checkpoints import save_tokenizer, tiny_llama
+from tests.support.packing import pack_here
 from tests.support.sources import OPEN
 
 
@@ -40,11 +38,6 @@ def apart(tmp_path: Path) -> Iterator[CheckpointPreparer]:
     preparation = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30))
     yield preparation
     preparation.close()
-
-
-def pack_here(request: PackRequest, job: PullJob) -> None:
-    with torch.inference_mode():
-        pack(request, lambda event: job.check())
 
 
 async def prepare(
