@@ -12,7 +12,7 @@ from runtime.checkpoint.quantized_shapes import BLOCK, GGUF_BLOCK, KEPT_BLOCKS, 
 from runtime.engine.kernels import linear4
 from runtime.engine.kernels.activation import Activation, act_mul
 from runtime.engine.kernels.codebooks import Codebook
-from runtime.engine.kernels.gpu import attention_cuda, linear4_cuda, linear4_wgmma, nvrtc
+from runtime.engine.kernels.gpu import attention_cuda, linear4_cuda, linear4_wgmma, nvrtc, rank_sum
 from runtime.engine.kernels.scratch import Scratch
 
 SOURCES = [
@@ -29,6 +29,8 @@ SOURCES = [
     (attention_cuda.SOURCE, ("HEAD_DIM=128", "HALF=true", "FP8=false", "TILES=2", "WARPS=8", "STAGES=2")),
     (attention_cuda.SOURCE, ("HEAD_DIM=256", "HALF=false", "FP8=false", "TILES=1", "WARPS=4", "STAGES=2")),
     (attention_cuda.SOURCE, ("HEAD_DIM=128", "HALF=false", "FP8=true", "TILES=2", "WARPS=8", "STAGES=4")),
+    (rank_sum.SOURCE, rank_sum.defines(2, torch.bfloat16)),
+    (rank_sum.SOURCE, rank_sum.defines(2, torch.float16)),
 ]
 
 

@@ -8,20 +8,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from runtime.engine.kernels.gpu.rank_sum import RankSum, inbox_bytes
+from runtime.engine.kernels.norm import add_rms_norm
 from runtime.engine.parallel.shard import Shard
+from runtime.engine.parallel.shared_memory import MappedMemory, SharedMemory
 
-ONE_SHOT_BYTES = 128 << 10  # above this size, two steps that each move a part take less time than one that moves all
-SHARED_BYTES = 32 << 20  # tensors up to this size are summed in shared memory, larger ones by NCCL
 _JOIN_S = 120.0
-_SHARED_DTYPES = (torch.bfloat16, torch.float32)
-_ALIGNMENT = 16  # bytes that a thread of torch's kernels reads at once
 
 
 class RankGroup:
     """A rank's membership in its group. Every rank must call the same operations in the same order, with tensors of equal shapes.
 
-    Gloo carries tensors on a CPU. On GPUs, one per rank, tensors are summed through memory that all ranks map. NCCL carries the largest, types that
-    torch's kernels do not know, and all where GPUs cannot map each other's memory. CUDA graphs may hold both.
+    Gloo carries tensors on a CPU. On GPUs, one per rank, tensors are summed through memory that all ranks map: up to some MiB by kernels of this
+    project, larger ones by torch's. NCCL carries the largest, types that the kernels do not know, and all where GPUs cannot map each other's memory.
+    CUDA graphs may hold each of them.
     """
 
     def __init__(self, shard: Shard, device: torch.device, rendezvous: str) -> None:
@@ -41,18 +41,40 @@ class RankGroup:
             timeout=timedelta(seconds=_JOIN_S),
             device_id=device if on_gpu else None,
         )
-        self._shared = SharedMemory(device, shard.size) if on_gpu and _reach_each_other(shard, device) else None
+        self._shared: SharedMemory | None = None
+        self._small: RankSum | None = None
+        if on_gpu and _reach_each_other(shard, device):
+            self._shared = SharedMemory(shard, device)
+            self._inbox = MappedMemory(inbox_bytes(shard.size), shard, device)
+            self._small = _small_sums(self._inbox, shard, device)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Return the sum of `tensor` over all ranks, bit for bit the same on each. May overwrite `tensor`. The result is valid until the next call."""
+        if self._small is not None and self._small.serves(tensor):
+            return self._small.all_reduce(tensor)
         if self._shared is not None and self._shared.serves(tensor):
             return self._shared.all_reduce(tensor)
         dist.all_reduce(tensor)
         return tensor
 
+    def add_rms_norm(
+        self, part: Tensor, residual: Tensor, weight: Tensor, eps: float, plus_one: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Add the sum of `part` over all ranks to `residual` in place, and normalise it. Returns (normed, residual).
+
+        Both are bit for bit the same on each rank. May overwrite `part`.
+        """
+        if self._small is not None and self._small.serves(part):
+            return self._small.add_rms_norm(part, residual, weight, eps, plus_one), residual
+        return add_rms_norm(self.all_reduce(part), residual, weight, eps, plus_one)
+
     def gather(self, part: Tensor, num_columns: int) -> Tensor:
         """Return rows of `num_columns` columns. `part` [rows, columns]: those of this rank, as `Shard.slice_of` divides them."""
         size = self.shard.size
+        if self._small is not None and num_columns % size == 0 and self._small.serves_gather(part):
+            return self._small.gather(part)
+        if self._shared is not None:
+            return self._shared.gather(part, num_columns)
         lengths = [Shard(rank, size).slice_of(num_columns)[1] for rank in range(size)]
         padded = functional.pad(part, (0, max(lengths) - part.shape[1])).contiguous()  # Parts must be of one length.
         parts = padded.new_empty(size, *padded.shape)
@@ -66,32 +88,9 @@ def _reach_each_other(shard: Shard, device: torch.device) -> bool:
     return all(torch.cuda.can_device_access_peer(a, b) for a in devices for b in devices if a != b)
 
 
-class SharedMemory:
-    """Sums tensors by kernels that read and write the other ranks' memory over NVLink."""
-
-    def __init__(self, device: torch.device, num_ranks: int) -> None:
-        """Map the ranks' buffers. Every rank must do so at the same time."""
-        from torch.distributed import _symmetric_memory as symmetric
-
-        world = dist.group.WORLD
-        assert world is not None, "the group was joined"
-        self._group = world.group_name
-        self._alignment = _ALIGNMENT * num_ranks
-        self._buffer = symmetric.empty(SHARED_BYTES, dtype=torch.uint8, device=device)
-        symmetric.rendezvous(self._buffer, self._group)
-
-    def serves(self, tensor: Tensor) -> bool:
-        """Whether `all_reduce` can sum a tensor of this size and type."""
-        num_bytes = tensor.numel() * tensor.element_size()
-        return num_bytes <= SHARED_BYTES and num_bytes % self._alignment == 0 and tensor.dtype in _SHARED_DTYPES
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Return the sum of a tensor that `serves` accepts. Of a larger tensor each rank sums a part, and the result is valid until the next call."""
-        num_bytes = tensor.numel() * tensor.element_size()
-        shared = self._buffer[:num_bytes].view(tensor.dtype).view(tensor.shape)
-        if num_bytes <= ONE_SHOT_BYTES:
-            summed: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(shared, tensor, "sum", self._group)
-            return summed
-        shared.copy_(tensor)
-        torch.ops.symm_mem.two_shot_all_reduce_(shared, "sum", self._group)
-        return shared
+def _small_sums(inbox: MappedMemory, shard: Shard, device: torch.device) -> RankSum | None:
+    """Return the sums by this project's kernels, or None if a rank cannot run them. Every rank must call it at the same time."""
+    sums = RankSum(inbox.addresses, shard.rank, device)
+    are_available = torch.tensor([sums.is_available], dtype=torch.int32, device=device)
+    dist.all_reduce(are_available, dist.ReduceOp.MIN)  # after it, every rank's inbox is zeroed
+    return sums if are_available.item() else None

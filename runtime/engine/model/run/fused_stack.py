@@ -14,7 +14,7 @@ from torch.nn import functional
 from common.model_key import Quantization
 from runtime.checkpoint.adapter_layout import AdapterTarget
 from runtime.engine.kernels.activation import Activation
-from runtime.engine.kernels.norm import add_rms_norm, rms_norm
+from runtime.engine.kernels.norm import rms_norm
 from runtime.engine.kernels.quantized_rows import QuantizedRows
 from runtime.engine.memory.weight_readiness import WeightReadiness
 from runtime.engine.model.run.adapters import AdapterSite, StepAdapters
@@ -122,7 +122,7 @@ class FusedStack:
         ]
 
     def __call__(self, input_ids: Tensor, positions: Tensor, logits_at: Tensor, step: StepContext) -> Tensor:
-        spec, eps, plus_one = self._spec, self._spec.norm_eps, self._spec.norm_plus_one
+        spec = self._spec
         arriving = self._arrival.pending
         if arriving:
             self._arrival.wait(self._first_group)
@@ -132,7 +132,8 @@ class FusedStack:
         turns = {key: table(positions, self._dtype) for key, table in self._tables.items()}
 
         adapters = step.adapters
-        branch: Tensor | None = None
+        part: Tensor | None = None  # this rank's part of what the residual lacks
+        after: Tensor | None = None  # the norm of the sum of all parts
         are_selected = step.each_samples
         for index, layer in enumerate(self._layers):
             if arriving:
@@ -142,7 +143,7 @@ class FusedStack:
                 None if adapters is not None else input_codes(linear)
                 for linear in (layer.qkv, layer.gate_up, layer.down)
             )
-            hidden, residual = normed(branch, residual, layer.input_norm, eps, plus_one, qkv_codes)
+            hidden, residual = self._added(part, after, residual, layer.input_norm, qkv_codes)
             cos, sin = turns[layer.spec.rope_key]
             q = rope_write(
                 step,
@@ -162,18 +163,18 @@ class FusedStack:
                 adapters = None if adapters is None else adapters.of_samples
                 are_selected = True
             out = _product(step, adapters, layer.out, layer.sites, "out", mixed)
-            branch = self._scaled(self._summed(out), layer.after_attention_norm)
-            hidden, residual = normed(branch, residual, layer.mlp_norm, eps, plus_one, gate_up_codes)
+            hidden, residual = self._added(out, layer.after_attention_norm, residual, layer.mlp_norm, gate_up_codes)
             inner = _gated(step, adapters, layer, hidden, spec.activation, down_codes)
-            down = _product(step, adapters, layer.down, layer.sites, "down", inner)
-            branch = self._scaled(self._summed(down), layer.after_mlp_norm)
+            part = _product(step, adapters, layer.down, layer.sites, "down", inner)
+            after = layer.after_mlp_norm
 
         if arriving:
             self._arrival.wait(self._last_group)
-        assert branch is not None, "a stack has layers"
+        assert part is not None, "a stack has layers"
         if not are_selected:
-            branch, residual = branch.index_select(0, logits_at), residual.index_select(0, logits_at)
-        last, _ = add_rms_norm(branch, residual, self._norm, eps, plus_one)
+            part, residual = part.index_select(0, logits_at), residual.index_select(0, logits_at)
+        last, _ = self._added(part, after, residual, self._norm, None)
+        assert isinstance(last, Tensor), "it is not quantised"
         if step.num_hidden:
             last, step.hidden = last.tensor_split((len(last) - step.num_hidden,))
         logits = self._of_all_tokens(self._lm_head(last, step.scratch))
@@ -183,9 +184,26 @@ class FusedStack:
             logits.div_(spec.logits_softcap).tanh_().mul_(spec.logits_softcap)
         return logits
 
-    def _summed(self, out: Tensor) -> Tensor:
-        """Sum the outputs, adapters included, of a layer whose inputs are divided among ranks."""
-        return out if self._ranks is None else self._ranks.all_reduce(out)
+    def _added(
+        self,
+        part: Tensor | None,
+        after: Tensor | None,
+        residual: Tensor,
+        weight: Tensor,
+        codes: torch.dtype | None,
+    ) -> tuple[Tensor | QuantizedRows, Tensor]:
+        """Add a branch's output, of which each rank has a part, to `residual` in place, and normalise the sum. Returns (normed, residual).
+
+        `after`: the norm of the branch's output before it is added. `codes`: as in `normed`.
+        """
+        eps, plus_one = self._spec.norm_eps, self._spec.norm_plus_one
+        if part is None:
+            return normed(None, residual, weight, eps, plus_one, codes)
+        if self._ranks is None:
+            return normed(self._scaled(part, after), residual, weight, eps, plus_one, codes)
+        if after is None and self._spec.residual_scale == 1.0 and codes is None:
+            return self._ranks.add_rms_norm(part, residual, weight, eps, plus_one)
+        return normed(self._scaled(self._ranks.all_reduce(part), after), residual, weight, eps, plus_one, codes)
 
     def _of_all_tokens(self, part: Tensor) -> Tensor:
         """Return the logits of all tokens from those that this rank computes. They are the same bits on all ranks, so that each draws the same tokens."""
