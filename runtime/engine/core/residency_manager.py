@@ -18,6 +18,7 @@ from runtime.engine.scheduler.limits import KvRoom
 from runtime.engine.scheduler.prefix_blocks import reusable_hashes
 from runtime.engine.scheduler.sequence import Sequence
 
+_LONGEST_PASSED_OVER_S = 10.0  # Models that came later, and need less, are swapped in before one for so long.
 _LONGEST_DRAIN_S = 10.0  # then the rows of a draining model are preempted
 
 
@@ -79,6 +80,8 @@ class ResidencyManager:
         absent.sort(key=lambda entry: entry[0])
         for since, model in absent:
             self._bring_in(model, now - since, now)
+            if not model.resident and now - since > _LONGEST_PASSED_OVER_S:
+                return  # or those that came later would take what it needs, one after the other
 
     def load_if_free(self, model: LoadedModel, now: float) -> bool:
         """Swap in a model that was just loaded if no other model has to be evicted for it. Returns whether it was."""
