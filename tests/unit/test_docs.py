@@ -68,8 +68,9 @@ def test_commands_of_a_page_exist(page: Path) -> None:
     "body",
     [ChatBody, CompletionBody, EmbeddingsBody, ResponsesBody, MessagesBody, ChatRequest, GenerateRequest, Options],
 )
-def test_page_of_the_apis_names_every_field(body: type[msgspec.Struct]) -> None:
-    marked = re.findall(r"`([^`]+)`", (ROOT / "docs" / "api.md").read_text())
+def test_pages_of_the_apis_name_every_field(body: type[msgspec.Struct]) -> None:
+    pages = (ROOT / "docs" / name for name in ("api.md", "api-others.md", "api-tools.md"))
+    marked = re.findall(r"`([^`]+)`", "".join(page.read_text() for page in pages))
     named = {word for text in marked for word in re.findall(r"\w+", text)}
     missing = [field for field in body.__struct_fields__ if field not in named and not field.startswith("guided_")]
     assert missing == []

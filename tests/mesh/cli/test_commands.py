@@ -425,10 +425,10 @@ async def test_output_on_a_pipe_is_not_folded(pod: RunningPod, say: Say) -> None
 
 
 async def test_json_fields_are_those_of_the_documentation(pod: RunningPod, say: Say) -> None:
-    """A script reads them: `docs/api.md` names each, and nothing else."""
+    """A script reads them: `docs/api-mesh.md` names each, and nothing else."""
     assert (await say("register", "q", "/q"))[0] == 0
     told = json.loads((await say("load", "q", "--json"))[1])
-    page = (Path(__file__).resolve().parents[3] / "docs" / "api.md").read_text()
+    page = (Path(__file__).resolve().parents[3] / "docs" / "api-mesh.md").read_text()
     table = page.split("with `--json` (")[1].split("| --- | --- |\n")[1].split("\n\n")[0]
     fields = {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
     assert fields == set(told)
