@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from zlib import crc32
 
-from tests.support.fake_backend import draw
+from tests.support.fake_specs import draw
 
 
 def _spoilt(tokens: Sequence[int]) -> bool:

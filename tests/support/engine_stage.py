@@ -37,7 +37,9 @@ from runtime.types import (
     SamplingParams,
     StopParams,
 )
-from tests.support.fake_backend import FakeBackend, FakeRunner, FakeSpec, draw
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_runner import FakeRunner
+from tests.support.fake_specs import FakeSpec, draw
 from tests.support.masks import FakeMaskSources, allowed_tokens
 
 GREEDY = SamplingParams(temperature=0.0)

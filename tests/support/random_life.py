@@ -9,7 +9,8 @@ from runtime.engine.interfaces import Drafter, KvGeometry
 from runtime.engine.operations import Operation
 from runtime.types import LogprobParams, Pooling, SamplingParams
 from tests.support.engine_stage import GREEDY, Stage
-from tests.support.fake_backend import FakeAdapterSpec, FakeBackend, FakeSpec
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_specs import FakeAdapterSpec, FakeSpec
 
 POOLINGS: tuple[tuple[Pooling, ...], ...] = (
     (),

@@ -12,7 +12,8 @@ from runtime.engine_client.slab_sharing import SlabSharing
 from runtime.ipc.messages import Command, EngineStats, Hello
 from runtime.types import FinishReason
 from tests.support.engine_stage import Stage
-from tests.support.fake_backend import FakeBackend, FakeSpec
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_specs import FakeSpec
 
 KV = KvGeometry(4, 4, 4, 1, 32, 64)  # 16 tokens a slab
 CAPACITY = 24

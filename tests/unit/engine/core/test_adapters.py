@@ -7,7 +7,8 @@ from runtime.engine.operations import Operation, RunStep
 from runtime.ipc.messages import LoadFailed
 from runtime.types import FinishReason
 from tests.support.engine_stage import Stage
-from tests.support.fake_backend import FakeAdapterSpec, FakeBackend, FakeSpec
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_specs import FakeAdapterSpec, FakeSpec
 from tests.support.random_life import run_life, seeds_of_long_runs
 
 KV = KvGeometry(4, 4, 8, 2, 256, 64)

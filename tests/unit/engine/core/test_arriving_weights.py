@@ -2,7 +2,8 @@
 
 from common.model_state import Tier
 from tests.support.engine_stage import Stage
-from tests.support.fake_backend import FakeBackend, FakeSpec
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_specs import FakeSpec
 
 PROMPT = [5 + number % 30 for number in range(41)]
 TURN_S = 1e-4

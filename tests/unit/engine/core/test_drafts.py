@@ -9,7 +9,8 @@ from runtime.engine.scheduler.outputs import verified
 from runtime.types import FinishReason, LogprobParams
 from tests.support.drafting import FakeDrafter
 from tests.support.engine_stage import Stage
-from tests.support.fake_backend import FakeBackend, FakeSpec
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_specs import FakeSpec
 from tests.support.random_life import run_life, seeds_of_long_runs
 
 TOKENS = st.integers(0, 2)

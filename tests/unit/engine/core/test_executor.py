@@ -29,7 +29,8 @@ from runtime.engine.operations import (
 )
 from runtime.errors import LoadFailed
 from runtime.types import Checkpoint, FinishReason
-from tests.support.fake_backend import FakeBackend, FakeSpec
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_specs import FakeSpec
 from tests.support.random_life import run_life
 
 

@@ -7,7 +7,8 @@ from runtime.engine.interfaces import KvGeometry
 from runtime.ipc.messages import Load, LoadFailed
 from runtime.types import Checkpoint
 from tests.support.engine_stage import Answer, Stage
-from tests.support.fake_backend import FakeAdapterSpec, FakeBackend, FakeSpec
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_specs import FakeAdapterSpec, FakeSpec
 
 KV = KvGeometry(4, 4, 8, 2, 256, 64)
 PROMPT = [5 + number % 30 for number in range(41)]

@@ -3,7 +3,8 @@
 import pytest
 
 from tests.support.engine_stage import Answer, Stage
-from tests.support.fake_backend import FakeBackend, FakeSpec
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_specs import FakeSpec
 
 SMALL = ("s0", "s1", "s2", "s3", "s4")
 

@@ -9,7 +9,8 @@ from runtime.engine.interfaces import KvGeometry
 from runtime.ipc.messages import EngineStats, Loaded, LoadFailed, Tokens, Unloaded
 from runtime.types import FinishReason, LogprobParams, SamplingParams
 from tests.support.engine_stage import Answer, Stage
-from tests.support.fake_backend import FakeBackend, FakeSpec
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_specs import FakeSpec
 
 
 def stage(

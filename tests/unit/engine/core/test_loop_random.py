@@ -7,7 +7,8 @@ import pytest
 from runtime.engine.interfaces import KvGeometry
 from runtime.types import FinishReason
 from tests.support.engine_stage import Stage
-from tests.support.fake_backend import FakeBackend, FakeSpec
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_specs import FakeSpec
 from tests.support.random_life import run_life, seeds_of_long_runs
 
 

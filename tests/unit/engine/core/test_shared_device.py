@@ -10,7 +10,8 @@ from runtime.engine.interfaces import KvGeometry
 from runtime.ipc.messages import DeviceShareFigures, EngineStats
 from runtime.types import FinishReason
 from tests.support.engine_stage import Answer, Stage
-from tests.support.fake_backend import FakeBackend, FakeSpec
+from tests.support.fake_backend import FakeBackend
+from tests.support.fake_specs import FakeSpec
 
 KV = KvGeometry(4, 4, 4, 1, 32, 64)  # 16 tokens a slab
 
