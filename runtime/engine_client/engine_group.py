@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from runtime.engine_client.lifecycle import EngineState
 from runtime.engine_client.placement import DeviceRoom, ResidentBytes
 from runtime.ipc.messages import EngineStats, Hello
@@ -92,3 +94,26 @@ def device_figures(groups: Sequence[EngineGroup]) -> list[DeviceFigures]:
                 )
             )
     return figures
+
+
+def neighbours_of(group: EngineGroup, groups: Sequence[EngineGroup]) -> tuple[EngineGroup, ...]:
+    """Return the other groups that have devices in common with one."""
+    devices = set(group.devices)
+    return tuple(other for other in groups if other is not group and not devices.isdisjoint(other.devices))
+
+
+def in_all(stats: EngineStats, size: int) -> EngineStats:
+    """Return an engine's report with its models' figures multiplied to those of all its devices."""
+    if size == 1:
+        return stats
+    models = tuple(
+        msgspec.structs.replace(
+            model,
+            weight_bytes=model.weight_bytes * size,
+            device_bytes=model.device_bytes * size,
+            kv_bytes=model.kv_bytes * size,
+            kv_host_bytes=model.kv_host_bytes * size,
+        )
+        for model in stats.models
+    )
+    return msgspec.structs.replace(stats, models=models)

@@ -14,7 +14,7 @@ from common.changes import Changes
 from common.model_state import ModelFigures
 from runtime.config.schema import EngineConfig
 from runtime.engine_client.client import CommandBuilder, EngineClient
-from runtime.engine_client.engine_group import EngineGroup
+from runtime.engine_client.engine_group import EngineGroup, in_all, neighbours_of
 from runtime.engine_client.group_plan import SharedGroup, device_names
 from runtime.engine_client.lifecycle import EngineListener, EngineState
 from runtime.engine_client.placement import GroupRoom, Wanted, order_groups, refusal_of
@@ -22,7 +22,7 @@ from runtime.engine_client.process import engine_command
 from runtime.engine_client.restart_policy import RestartPolicy
 from runtime.engine_client.slab_sharing import SlabSharing
 from runtime.errors import LoadFailed, ModelTooLarge, Unavailable
-from runtime.ipc.messages import EngineStats, Hello, Load, RowTokens
+from runtime.ipc.messages import Hello, Load, RowTokens
 from runtime.types import GenerationRequest, ModelFacts
 
 
@@ -156,11 +156,11 @@ class EngineGroups:
             found.append(self._group(number, names, self._left(number, hello)))
         if self._num_homes == len(self._clients):
             return tuple(found)
-        return tuple(replace(group, neighbours=_neighbours(group, found)) for group in found)
+        return tuple(replace(group, neighbours=neighbours_of(group, found)) for group in found)
 
     def _group(self, number: int, names: tuple[str, ...], hello: Hello) -> EngineGroup:
         client = self._clients[number]
-        stats = _in_all(client.stats, len(names)) if client.stats is not None else None
+        stats = in_all(client.stats, len(names)) if client.stats is not None else None
         is_shared = number >= self._num_homes
         return EngineGroup(names, hello, stats, client.state, frozenset(client.models), is_shared)
 
@@ -338,25 +338,3 @@ class EngineGroups:
         residents = tuple({one.model_id: one for room in rooms for one in room.residents}.values())
         free_bytes = min(room.free_bytes for room in rooms) - awaited_bytes
         return GroupRoom(group.size, group.hello.device_budget_bytes, free_bytes, residents)
-
-
-def _neighbours(group: EngineGroup, groups: Sequence[EngineGroup]) -> tuple[EngineGroup, ...]:
-    devices = set(group.devices)
-    return tuple(other for other in groups if other is not group and not devices.isdisjoint(other.devices))
-
-
-def _in_all(stats: EngineStats, size: int) -> EngineStats:
-    """Return an engine's report with its models' figures multiplied to those of all its devices."""
-    if size == 1:
-        return stats
-    models = tuple(
-        msgspec.structs.replace(
-            model,
-            weight_bytes=model.weight_bytes * size,
-            device_bytes=model.device_bytes * size,
-            kv_bytes=model.kv_bytes * size,
-            kv_host_bytes=model.kv_host_bytes * size,
-        )
-        for model in stats.models
-    )
-    return msgspec.structs.replace(stats, models=models)
