@@ -45,7 +45,7 @@ def order_groups(groups: Sequence[GroupRoom], weight_bytes: int, wanted: Wanted)
     allowed = [number for number, group in enumerate(groups) if wanted in ("auto", group.size)]
     able = [number for number in allowed if _share(weight_bytes, groups[number]) <= groups[number].budget_bytes]
     if not able:
-        return sorted(allowed, key=lambda number: -groups[number].size * groups[number].budget_bytes)[:1]
+        return sorted(allowed, key=lambda number: _most(groups[number]))[:1]
     return sorted(able, key=lambda number: (groups[number].size, *_cost(groups[number], weight_bytes), number))
 
 
@@ -64,6 +64,11 @@ def victims(needed_bytes: int, free_bytes: int, residents: Sequence[ResidentByte
     """Return the idle models that would be evicted, least recently used first, and the bytes still missing after all of them."""
     chosen, missing = _chosen(needed_bytes, free_bytes, residents)
     return [resident.model_id for resident in chosen], missing
+
+
+def _most(group: GroupRoom) -> tuple[int, int]:
+    """Return what puts the largest group first, and of equal ones that with the most free memory."""
+    return -group.size * group.budget_bytes, -group.free_bytes
 
 
 def _cost(group: GroupRoom, weight_bytes: int) -> tuple[int, float, int]:

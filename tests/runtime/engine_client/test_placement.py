@@ -62,6 +62,10 @@ def test_order_groups_does_not_depend_on_the_order_of_equal_choices(
     assert (best.size, best.free_bytes) == (same.size, same.free_bytes) or best.residents or same.residents
 
 
+def test_order_groups_offers_the_emptier_of_the_largest_groups_where_none_suits() -> None:
+    assert order_groups([GroupRoom(2, 20, 5), GroupRoom(2, 20, 9), GroupRoom(1, 20, 20)], 100, "auto") == [1]
+
+
 def test_order_groups_prefers_the_least_recently_used_residents() -> None:
     full = GroupRoom(1, 100, 0, (ResidentBytes("new", 100, False, 9.0),))
     older = replace(full, residents=(ResidentBytes("old", 100, False, 2.0),))
