@@ -5,6 +5,9 @@ their own. The engine of a shared group starts when a model needs it, and moves 
 """
 
 import asyncio
+import contextlib
+import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -25,6 +28,10 @@ from runtime.errors import LoadFailed, ModelTooLarge, Unavailable
 from runtime.ipc.messages import Hello, Load, RowTokens
 from runtime.types import GenerationRequest, ModelFacts
 
+log = logging.getLogger(__name__)
+
+_IDLE_S = 600.0
+
 
 class EngineGroups:
     """Supervises the engines of all groups. Call `start` first and `stop` last, all on one event loop.
@@ -32,6 +39,7 @@ class EngineGroups:
     Args:
         configs: one per group that starts at once, in the order of their devices.
         shared: further groups of the same devices.
+        idle_s: how long the engine of a shared group runs without a model before it is ended.
     """
 
     def __init__(
@@ -41,6 +49,7 @@ class EngineGroups:
         shared: Sequence[SharedGroup] = (),
         command: CommandBuilder = engine_command,
         restart: RestartPolicy | None = None,
+        idle_s: float = _IDLE_S,
     ) -> None:
         self.changes = Changes()
         self._configs = [*configs, *(group.config for group in shared)]
@@ -59,7 +68,12 @@ class EngineGroups:
                 is_home = number < self._num_homes
                 overhead_bytes = 0 if is_home else shared[number - self._num_homes].overhead_bytes
                 self._sharing.add(self._clients[number], self._devices(number), overhead_bytes, is_home=is_home)
+        self._idle_s = idle_s
         self._starts: dict[int, asyncio.Task[None]] = {}  # of the engines of shared groups
+        self._ends: dict[int, asyncio.Task[None]] = {}  # of those without a model, after a wait
+        self._ending: set[int] = set()  # those whose wait is over
+        self._loading: Counter[int] = Counter()  # loads in progress
+        self._num_past_restarts = 0
         self._listener: EngineListener | None = None
         self._task: asyncio.Task[None] | None = None
         self._awaited: dict[str, tuple[EngineClient, int]] = {}  # bytes in all of models whose loads are in progress
@@ -90,7 +104,7 @@ class EngineGroups:
 
     async def stop(self, grace_s: float) -> None:
         """Let running sequences end within `grace_s`, then stop all engines. Idempotent."""
-        for task in (self._task, *self._starts.values()):
+        for task in (self._task, *self._starts.values(), *self._ends.values()):
             if task is not None:
                 task.cancel()
         await asyncio.gather(*(client.stop(grace_s) for client in self._clients))
@@ -104,7 +118,8 @@ class EngineGroups:
 
     @property
     def _counted(self) -> list[EngineClient]:
-        return [*self._homes, *(client for client in self._clients[self._num_homes :] if client.hello is not None)]
+        shared = (number for number in range(self._num_homes, len(self._clients)) if number not in self._ending)
+        return [*self._homes, *(self._clients[number] for number in shared if self._clients[number].hello is not None)]
 
     @property
     def state(self) -> EngineState:
@@ -126,7 +141,7 @@ class EngineGroups:
 
     @property
     def restarts(self) -> int:
-        return sum(client.restarts for client in self._clients)
+        return self._num_past_restarts + sum(client.restarts for client in self._clients)
 
     @property
     def failure(self) -> str:
@@ -248,14 +263,51 @@ class EngineGroups:
             raise
         return client
 
+    @contextlib.asynccontextmanager
+    async def _used(self, number: int) -> AsyncIterator[EngineClient]:
+        """Start the engine of a group if it does not run, and keep it running for the block. Raises Unavailable if it cannot be started."""
+        self._loading[number] += 1
+        try:
+            if (end := self._ends.get(number)) is not None:
+                if number not in self._ending:
+                    end.cancel()
+                await asyncio.wait((end,))
+            yield await self._start(number)
+        finally:
+            self._loading[number] -= 1
+            self._end_if_idle(number)
+
+    def _end_if_idle(self, number: int) -> None:
+        """End the engine of a shared group once it has been without a model for `idle_s`."""
+        if self._is_idle(number) and number in self._starts and number not in self._ends:
+            end = self._ends[number] = asyncio.create_task(self._end(number), name=f"end of group {number}")
+            end.add_done_callback(lambda _: self._ends.pop(number))
+
+    def _is_idle(self, number: int) -> bool:
+        return number >= self._num_homes and not self._loading[number] and not self._clients[number].models
+
+    async def _end(self, number: int) -> None:
+        try:
+            await asyncio.sleep(self._idle_s)
+            if not self._is_idle(number) or number not in self._starts:
+                return
+            log.info("the engine of group %d ends: it had no model for %g s", number, self._idle_s)
+            self._ending.add(number)
+            await self._clients[number].stop(0.0)
+            self._renew(number)
+        finally:
+            self._ending.discard(number)
+
     def _renew(self, number: int) -> None:
-        """Put a new client in the place of one whose engine could not be started, so that a later load tries again."""
+        """Put a new client in the place of one whose engine has ended or could not be started, so that a later load starts it."""
         old, client = self._clients[number], self._client(number)
         if self._listener is not None:
             client.listen(self._listener)
         self._clients[number] = client
+        self._num_past_restarts += old.restarts
         self._sharing.renew(old, client)
         del self._starts[number]
+        self.changes.notify()
 
     async def _start_shared(self, number: int) -> None:
         client = self._clients[number]
@@ -275,24 +327,30 @@ class EngineGroups:
             budget_bytes = self.groups[number].hello.device_budget_bytes
             if any(size == other and budget_bytes <= most for other, most in tried):
                 continue
-            client = await self._start(number)
-            if request.adapter_of:
-                self._bases[request.model_id] = request.adapter_of
-            self._awaited[request.model_id] = client, request.checkpoint.weight_bytes
             try:
-                return msgspec.structs.replace(await client.load(request), num_devices=size)
+                async with self._used(number) as client:
+                    return await self._load(request, client, size)
             except ModelTooLarge as error:
                 refusal = error
                 tried.append((size, budget_bytes))
-            finally:
-                del self._awaited[request.model_id]
         raise refusal or LoadFailed(f"its base {request.adapter_of} is not loaded here", model=request.model_id)
+
+    async def _load(self, request: Load, client: EngineClient, size: int) -> ModelFacts:
+        if request.adapter_of:
+            self._bases[request.model_id] = request.adapter_of
+        self._awaited[request.model_id] = client, request.checkpoint.weight_bytes
+        try:
+            return msgspec.structs.replace(await client.load(request), num_devices=size)
+        finally:
+            del self._awaited[request.model_id]
 
     async def unload(self, model_id: str) -> None:
         """Unload a model and return when its memory is free, at once if no engine has it."""
         client = self._find(model_id)
         if client is not None:
             await client.unload(model_id)
+            if client in self._clients:
+                self._end_if_idle(self._clients.index(client))
         self._bases.pop(model_id, None)
         self._sharing.forget(model_id)
 

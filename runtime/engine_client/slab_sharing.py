@@ -94,9 +94,10 @@ class SlabSharing:
         self._members.append(_Member(client, tuple(map(str, devices)), overhead_bytes, is_home, is_admitted=is_home))
 
     def renew(self, old: SharingEngine, client: SharingEngine) -> None:
-        """Put a new client in the place of one whose engine was never ready. The memory of its process is free again."""
-        member = self._member(old)
-        member.client, member.is_admitted, member.asked_s = client, False, None
+        """Put a new client in the place of one whose engine has ended, or was never ready. The memory of its process is free again."""
+        number = self._members.index(self._member(old))
+        member = self._members[number]
+        self._members[number] = _Member(client, member.devices, member.overhead_bytes, member.is_home)
 
     def use(self, model_id: str) -> None:
         """Count a use of a model."""

@@ -27,10 +27,11 @@ FAST = RestartPolicy(first_s=0.01, most_s=0.05, start_timeout_s=20.0, max_failed
 
 
 @asynccontextmanager
-async def running(command: CommandBuilder) -> AsyncIterator[EngineGroups]:
+async def running(command: CommandBuilder, idle_s: float = 600.0) -> AsyncIterator[EngineGroups]:
     """Two groups of one device, and one of both. The fake engines hold all that they load."""
     homes = [EngineConfig(device="cpu")] * 2
-    groups = EngineGroups(homes, shared=plan_shared_groups(homes, ((2,),)), command=command, restart=FAST)
+    shared = plan_shared_groups(homes, ((2,),))
+    groups = EngineGroups(homes, shared=shared, command=command, restart=FAST, idle_s=idle_s)
     groups.listen(RecordingListener())
     groups.start()
     await groups.wait_ready()
@@ -139,3 +140,29 @@ async def test_budget_of_a_shared_group_is_without_what_other_shared_groups_take
         BUDGET_BYTES - 20_000,
     ]
     await groups.stop(0.0)
+
+
+async def test_engine_of_a_shared_group_without_models_ends_and_starts_again(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    async with running(fake_command(journal=journal), idle_s=0.1) as groups, asyncio.timeout(20):
+        for number in range(2):
+            await load(groups, "pair", 1000, wanted=2)
+            assert await text(groups, "pair") == [6, 6]
+            assert journal.read_text().count("start") == 3 + number
+            await groups.unload("pair")
+            while groups.groups[2].state is not EngineState.STARTING:
+                assert groups.state is EngineState.READY
+                await groups.changes.wait()
+            assert groups.groups[2].stats is None
+        await load(groups, "one", 1000, wanted=1)
+        assert await text(groups, "one") == [6, 6]
+
+
+async def test_engine_of_a_shared_group_is_kept_for_a_load_that_comes_while_it_is_idle(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    async with running(fake_command(journal=journal, load_s=0.6), idle_s=0.3) as groups, asyncio.timeout(20):
+        await load(groups, "pair", 1000, wanted=2)
+        await groups.unload("pair")
+        await load(groups, "other", 1000, wanted=2)  # takes longer than an engine stays idle
+        assert await text(groups, "other") == [6, 6]
+        assert journal.read_text().count("start") == 3
