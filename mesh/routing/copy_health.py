@@ -1,6 +1,6 @@
 """Judges copies by the outcome and the latency of this pod's own requests to them: outlier ejection, with probing.
 
-The outcomes at all copies of a pod count for the pod too, so that a failing pod is not detected anew for each of its copies.
+The outcomes at all copies of a pod count for the pod too, so that a failing pod is not detected once more for each of its copies.
 """
 
 import time
