@@ -106,3 +106,14 @@ def running_in(mode: str, directory: Path, **settings: Any) -> AbstractAsyncCont
     if mode == EMBEDDED:
         return running_pod(directory, **settings)
     return running_worker_pod(directory, **settings) if mode == WORKERS else running_envoy_pod(directory, **settings)
+
+
+@contextlib.asynccontextmanager
+async def loaded_in(mode: str, directory: Path, **settings: Any) -> AsyncIterator[RunningPod]:
+    """Run a pod as `running_in`, and yield it once the calls of its loaded model `m` take the mode's way."""
+    async with running_in(mode, directory, **settings) as running:
+        await running.register("m")
+        await running.load("m")
+        if mode != EMBEDDED:
+            await until_carried(running, "m")
+        yield running

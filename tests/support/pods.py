@@ -1,5 +1,6 @@
 """A pod of the mesh in this process, over a fake runtime, with clients for its two ports."""
 
+import asyncio
 import ssl
 import subprocess
 from collections.abc import AsyncIterator
@@ -12,6 +13,7 @@ import aiohttp
 import grpc
 import grpc.aio
 import msgspec
+import pytest
 
 from mesh.config.schema import MeshConfig
 from mesh.pod.pod import Pod
@@ -131,3 +133,10 @@ async def load_at_the_other(asked: RunningPod, other: RunningPod, name: str) -> 
     await other.pod.registry.models.find(name)
     await other.pod.placement.ensure_loaded(name, wait=True, local_only=True)
     await until(lambda: any(copy.model.state == "loaded" for copy in asked.pod.states.status(name).copies))
+
+
+async def code_of(call: "grpc.aio.Call | asyncio.Future[object]") -> tuple[grpc.StatusCode, str]:
+    """Return the status code and the details of a call that fails."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call  # type: ignore[misc]
+    return caught.value.code(), caught.value.details() or ""

@@ -1,20 +1,14 @@
-"""Where models come from: web servers that cut and change, the hub's protocol, storage configurations, buckets, paths and their bounds."""
+"""Where models come from: the hub's protocol, storage configurations, buckets, paths and their bounds."""
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from common.model_key import ModelSettings, Quantization
 from runtime.config.schema import RuntimeConfig
-from runtime.errors import Cancelled, InvalidRequest, LoadFailed
-from runtime.models.model_state import Phase, Progress
-from runtime.puller.cache import Cache
-from runtime.puller.preparer import CheckpointPreparer
+from runtime.errors import InvalidRequest, LoadFailed
 from runtime.puller.source import RemoteFile, wanted
 from runtime.puller.sources.http_client import HttpClient
 from runtime.puller.sources.http_source import WebSource
@@ -24,154 +18,8 @@ from runtime.puller.sources.resolve import locate
 from runtime.puller.sources.storage_config import storage_options
 from runtime.types import ModelSource
 from tests.support.llama_checkpoints import tiny_llama
-from tests.support.smollm2 import gguf_path
 from tests.support.sources import ANYWHERE, OPEN, job, source_of
 from tests.support.web import WebServer
-
-
-async def test_web_source_pulls_once_and_resumes(web: WebServer, tmp_path: Path) -> None:
-    tiny_llama(web.root / "org" / "tiny", shard="100KB")
-    web.cuts, web.cut_after, web.refusals = 2, 50_000, 1
-    preparation = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30))
-    seen: list[Progress] = []
-    source = ModelSource(f"{web.url}/org/tiny")
-    prepared = await preparation.prepare(source, ModelSettings(), "cpu", seen.append)
-    files = {Path(name).name: Path(name) for name in prepared.checkpoint.weight_files}
-    assert len(files) > 1
-    for name, path in files.items():
-        assert path.read_bytes() == (web.root / "org" / "tiny" / name).read_bytes()
-    assert any(asked == "bytes=50000-" for _, _, asked in web.log)
-    pulling = [progress for progress in seen if progress.phase is Phase.PULLING]
-    assert pulling[-1].done_bytes == pulling[-1].total_bytes > 0
-    web.log.clear()
-    again = await preparation.prepare(source, ModelSettings(), "cpu", seen.append)
-    assert {method for method, path, _ in web.log if path.endswith(".safetensors")} == {"HEAD"}
-    look = await preparation.look(source, ModelSettings(), "cpu")
-    assert look.exact
-    assert look.needs.weight_bytes == prepared.checkpoint.weight_bytes
-    prepared.release()
-    again.release()
-    preparation.close()
-
-
-async def test_look_says_what_the_blocks_of_a_gguf_file_take(web: WebServer, tmp_path: Path) -> None:
-    """From the file here, and from a web server before anything is pulled, in one small read."""
-    preparation = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30))
-    local = await preparation.look(ModelSource(str(gguf_path())), ModelSettings(), "cpu")
-    assert local.unpacking is not None
-    assert local.unpacking.blocks == "Q4_1"
-    assert local.unpacking.stored_bytes == pytest.approx(gguf_path().stat().st_size, rel=0.05)
-    assert local.unpacking.stored_bytes < local.unpacking.nf4_weight_bytes < local.needs.weight_bytes
-    (web.root / "smol.gguf").symlink_to(gguf_path())
-    remote = await preparation.look(ModelSource(f"{web.url}/smol.gguf"), ModelSettings(), "cpu")
-    assert (remote.needs, remote.unpacking, remote.is_remote_gguf) == (local.needs, local.unpacking, True)
-    assert await preparation.refusal(remote, ModelSettings()) == ""
-    assert {asked for method, _, asked in web.log if method == "GET"} == {"bytes=0-4194303"}
-    quantised = await preparation.look(ModelSource(str(gguf_path())), ModelSettings(quantize=Quantization.NF4), "cpu")
-    assert quantised.unpacking is not None
-    assert quantised.unpacking.nf4_weight_bytes == 0
-    assert quantised.needs.weight_bytes == local.unpacking.nf4_weight_bytes
-    preparation.close()
-
-
-async def test_preparer_pulls_a_changed_file_again(web: WebServer, tmp_path: Path) -> None:
-    tiny_llama(web.root / "m")
-    preparation = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30))
-    first = await preparation.prepare(ModelSource(f"{web.url}/m"), ModelSettings(), "cpu", lambda progress: None)
-    tiny_llama(web.root / "m", seed=1)
-    second = await preparation.prepare(ModelSource(f"{web.url}/m"), ModelSettings(), "cpu", lambda progress: None)
-    assert first.checkpoint.model_dir != second.checkpoint.model_dir
-    preparation.close()
-
-
-async def test_preparer_keeps_pulled_models_of_an_unreachable_source(tmp_path: Path) -> None:
-    (tmp_path / "www").mkdir()
-    web = WebServer(tmp_path / "www")
-    tiny_llama(web.root / "m")
-    preparation = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30))
-    first = await preparation.prepare(ModelSource(f"{web.url}/m"), ModelSettings(), "cpu", lambda progress: None)
-    first.release()
-    web.close()
-    again = await preparation.prepare(ModelSource(f"{web.url}/m"), ModelSettings(), "cpu", lambda progress: None)
-    assert again.checkpoint == first.checkpoint
-    with pytest.raises(LoadFailed, match="cannot be reached"):
-        await preparation.prepare(ModelSource(f"{web.url}/other"), ModelSettings(), "cpu", lambda progress: None)
-    preparation.close()
-
-
-def test_fetch_resumes_only_the_same_file(web: WebServer, tmp_path: Path) -> None:
-    (web.root / "f").write_bytes(bytes(range(256)) * 100)
-    client = HttpClient(destinations=ANYWHERE)
-    file = client.look("f", f"{web.url}/f", job())
-    assert file is not None
-    target = tmp_path / "f"
-    target.with_name("f.part").write_bytes((web.root / "f").read_bytes()[:1000])
-    target.with_name("f.tag").write_text("of another file")
-    arrived: list[int] = []
-    client.fetch(file, target, job(), arrived.append)
-    assert target.read_bytes() == (web.root / "f").read_bytes()
-    assert sum(arrived) == 25600
-    assert not target.with_name("f.tag").exists()
-
-
-def test_fetch_never_resumes_unidentified_content(web: WebServer, tmp_path: Path) -> None:
-    (web.root / "f").write_bytes(b"new" * 1000)
-    file = RemoteFile("f", f"{web.url}/f", 3000)  # as of a server without ETag and date
-    (tmp_path / "f.part").write_bytes(b"old" * 500)
-    (tmp_path / "f.tag").write_text("3000 ")
-    HttpClient(destinations=ANYWHERE).fetch(file, tmp_path / "f", job(), lambda count: None)
-    assert (tmp_path / "f").read_bytes() == b"new" * 1000
-
-
-def test_fetch_starts_over_without_ranges(web: WebServer, tmp_path: Path) -> None:
-    (web.root / "f").write_bytes(b"x" * 10_000)
-    web.ranges, web.cuts, web.cut_after = False, 1, 4000
-    file = HttpClient(destinations=ANYWHERE).look("f", f"{web.url}/f", job())
-    assert file is not None
-    arrived: list[int] = []
-    HttpClient(destinations=ANYWHERE).fetch(file, tmp_path / "f", job(), arrived.append)
-    assert (tmp_path / "f").stat().st_size == sum(arrived) == 10_000
-
-
-def test_fetch_deletes_a_file_with_a_wrong_checksum(web: WebServer, tmp_path: Path) -> None:
-    (web.root / "f").write_bytes(b"data")
-    file = HttpClient(destinations=ANYWHERE).look("f", f"{web.url}/f", job())
-    assert file is not None
-    with pytest.raises(LoadFailed, match="f is corrupt: its sha256"):
-        HttpClient(destinations=ANYWHERE).fetch(
-            replace(file, sha256="0" * 64), tmp_path / "f", job(), lambda count: None
-        )
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith("f") and path.suffix != ".tag"]
-
-
-def test_fetch_survives_many_interruptions(web: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.puller.progress.PullJob.wait", lambda job, seconds: job.check())
-    (web.root / "f").write_bytes(bytes(200_000))
-    web.cuts, web.cut_after = 15, 10_000
-    file = HttpClient(destinations=ANYWHERE).look("f", f"{web.url}/f", job())
-    assert file is not None
-    HttpClient(destinations=ANYWHERE).fetch(file, tmp_path / "f", job(), lambda count: None)
-    assert (tmp_path / "f").stat().st_size == 200_000
-    assert web.cuts == 0
-
-
-def test_fetch_stops_at_the_listed_size(web: WebServer, tmp_path: Path) -> None:
-    (web.root / "f").write_bytes(bytes(20 << 20))
-    arrived: list[int] = []
-    with pytest.raises(LoadFailed, match="the source lists 4"):
-        HttpClient(destinations=ANYWHERE).fetch(
-            RemoteFile("f", f"{web.url}/f", 4, '"tag"'), tmp_path / "f", job(), arrived.append
-        )
-    assert sum(arrived) < 4 << 20
-    assert not (tmp_path / "f.part").exists()
-
-
-def test_fetch_ignores_an_invalid_content_length(web: WebServer, tmp_path: Path) -> None:
-    web.routes["/f"] = lambda: (200, {"Content-Length": "much"}, b"data")
-    HttpClient(destinations=ANYWHERE).fetch(
-        RemoteFile("f", f"{web.url}/f", 4), tmp_path / "f", job(), lambda count: None
-    )
-    assert (tmp_path / "f").read_bytes() == b"data"
 
 
 def test_web_source_errors_hold_no_secrets(web: WebServer) -> None:
@@ -186,33 +34,6 @@ def test_web_source_errors_hold_no_secrets(web: WebServer) -> None:
     assert "WRONG" not in str(caught.value)
     with pytest.raises(LoadFailed, match="cannot be reached"):
         source_of("http://127.0.0.1:1/m").listing(job())
-
-
-def test_fetch_drops_the_token_on_a_redirect(web: WebServer, tmp_path: Path) -> None:
-    (tmp_path / "other").mkdir()
-    other = WebServer(tmp_path / "other")
-    try:
-        (other.root / "f").write_bytes(b"data")
-        web.routes["/f"] = lambda: (302, {"Location": f"{other.url}/f"}, b"")
-        web.secret = "Bearer T"
-        HttpClient({"Authorization": "Bearer T"}, destinations=ANYWHERE).fetch(
-            RemoteFile("f", f"{web.url}/f", 4), tmp_path / "f", job(), lambda count: None
-        )
-        assert (tmp_path / "f").read_bytes() == b"data"
-        assert web.authorizations == ["Bearer T"]
-        assert other.authorizations == [""]
-    finally:
-        other.close()
-
-
-def test_fetch_can_be_cancelled(web: WebServer, tmp_path: Path) -> None:
-    (web.root / "f").write_bytes(bytes(10 << 20))
-    file = HttpClient(destinations=ANYWHERE).look("f", f"{web.url}/f", job())
-    assert file is not None
-    work = job()
-    with pytest.raises(Cancelled):
-        HttpClient(destinations=ANYWHERE).fetch(file, tmp_path / "f", work, lambda count: work.cancel())
-    assert not (tmp_path / "f").exists()
 
 
 def test_hub_source_lists_and_fetches(web: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,49 +217,9 @@ def test_locate_names_the_extra_of_a_missing_library(uri: str, extra: str, monke
         locate(ModelSource(uri), OPEN)
 
 
-def test_http_client_stops_trying_again_once_it_is_cancelled(web: WebServer) -> None:
-    work = job()
-
-    def busy() -> tuple[int, dict[str, str], bytes]:
-        work.cancel()
-        return 503, {}, b""
-
-    web.routes["/f"] = busy
-    with pytest.raises(Cancelled):
-        HttpClient(destinations=ANYWHERE).look("f", f"{web.url}/f", work)
-    with pytest.raises(Cancelled):
-        HttpClient(destinations=ANYWHERE).read(f"{web.url}/f", 0, 4, work)
-    assert len(web.log) == 1
-
-
 def test_listing_refuses_one_part_of_a_split_gguf_file(web: WebServer) -> None:
     with pytest.raises(LoadFailed, match=r"part 1 of a GGUF file that was split into 2"):
         source_of(f"{web.url}/m-00001-of-00002.gguf").listing(job())
     assert not web.log
     with pytest.raises(LoadFailed, match="part 2"):
         wanted([RemoteFile("m-00002-of-00002.gguf", "", 1)], "s3://b/m", allow_pickle=False)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
-async def test_preparer_identity_changes_with_the_files(tmp_path: Path, name: str) -> None:
-    tiny_llama(tmp_path / "m")
-    preparer = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30))
-    source = ModelSource(str(tmp_path / "m"))
-    prepared = await preparer.prepare(source, ModelSettings(), "cpu", lambda progress: None)
-    assert await preparer.identity(source) == prepared.identity
-    os.utime(tmp_path / "m" / name, ns=(1, 1))
-    assert await preparer.identity(source) != prepared.identity
-    prepared.release()
-    preparer.close()
-
-
-async def test_preparer_identity_changes_with_the_etag(web: WebServer, tmp_path: Path) -> None:
-    tiny_llama(web.root / "m")
-    preparer = CheckpointPreparer(OPEN, Cache(tmp_path / "cache", 1 << 30))
-    source = ModelSource(f"{web.url}/m")
-    prepared = await preparer.prepare(source, ModelSettings(), "cpu", lambda progress: None)
-    assert await preparer.identity(source) == prepared.identity
-    tiny_llama(web.root / "m", seed=1)
-    assert await preparer.identity(source) != prepared.identity
-    prepared.release()
-    preparer.close()
