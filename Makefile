@@ -15,7 +15,11 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo clients test modelmesh check lint types imports stubs proto bench gpu clean
+.PHONY: help setup bytecode demo clients test modelmesh check lint types imports stubs proto bench gpu clean
+
+# Without byte code on the disk each process compiles all that it imports, and the tests start hundreds: an engine starts in 5.9 s of CPU time instead
+# of 2.3 s, a pod in 1.5 s instead of 0.5 s.
+unexport PYTHONDONTWRITEBYTECODE
 
 JOBS ?= 3
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -56,6 +60,10 @@ help:
 	@sed -n '3,12p' Makefile | sed 's/^# *//'
 
 setup: $(VENV)/.dev
+
+# Compiles what the tests import, which each of their processes would do at the same time.
+bytecode: $(VENV)/.dev
+	@$(RUN)/python -m pytest --collect-only -q >/dev/null || true
 
 demo: $(VENV)/.demo
 	$(RUN)/python scripts/demo.py $(ARGS)
