@@ -66,14 +66,15 @@ def test_load_interrupted_reports_that_loading_continues(
 
 
 def test_load_bar_moves_while_the_progress_is_unknown() -> None:
-    """A packer that reads a file reports no fraction; the bar pulses and the note changes."""
+    """A packer that reads a file reports no fraction; the bar pulses and the note changes. Each state stays until it was drawn, the first one four times."""
     script = (
-        "import time; from mesh.cli.render import LoadBar\n"
+        "import sys; from mesh.cli.render import LoadBar\n"
         "with LoadBar('m', enabled=True) as bar:\n"
         "    for state, fraction, note in (('packing', 0.0, 'reading'), ('packing', 0.5, 'layer 3'), ('loading', 0.0, '')):\n"
-        "        bar.update(state, fraction, note); time.sleep(0.3)\n"
+        "        bar.update(state, fraction, note); sys.stdin.readline()\n"
     )
-    raw = run_in_terminal([sys.executable, "-c", script], columns=100).raw
+    typed = [*[("reading", "")] * 3, ("reading", "\n"), ("layer 3", "\n"), ("m: loading", "\n")]
+    raw = run_in_terminal([sys.executable, "-c", script], columns=100, typed=typed).raw
     packing = [line for line in re.split(r"[\r\n]", raw) if "m: packing" in line]
     assert len({line for line in packing if "reading" in line}) > 1, "the bar stood still"
     assert any("50 %" in line and "layer 3" in line for line in packing)
