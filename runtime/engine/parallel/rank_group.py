@@ -91,6 +91,10 @@ def _reach_each_other(shard: Shard, device: torch.device) -> bool:
 def _small_sums(inbox: MappedMemory, shard: Shard, device: torch.device) -> RankSum | None:
     """Return the sums by this project's kernels, or None if a rank cannot run them. Every rank must call it at the same time."""
     sums = RankSum(inbox.addresses, shard.rank, device)
-    are_available = torch.tensor([sums.is_available], dtype=torch.int32, device=device)
-    dist.all_reduce(are_available, dist.ReduceOp.MIN)  # after it, every rank's inbox is zeroed
-    return sums if are_available.item() else None
+    least = torch.tensor([sums.num_processors], dtype=torch.int32, device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)  # after it, every rank's inbox is zeroed
+    num_processors = int(least.item())
+    if not num_processors:
+        return None
+    sums.use(num_processors)
+    return sums

@@ -160,13 +160,19 @@ __device__ __forceinline__ void sum_rows(const Arguments& a) {
                     theirs.plain[at] = own;
             }
         }
-    if constexpr (!PACKETS) {
-        signal(a, call);
-        await(a, call);
-    }
+    if constexpr (!PACKETS) signal(a, call);
 
     int turn = 0;
     for (int row = blockIdx.x; row < a.num_rows; row += gridDim.x, turn ^= 1) {
+        uint2 own[UNITS], before[UNITS];  // read while the numbers of the other ranks are under way
+#pragma unroll
+        for (int k = 0; k < UNITS; ++k) {
+            const int unit = threadIdx.x + k * THREADS, at = row * a.row_units + unit;
+            if (unit >= a.row_units) continue;
+            own[k] = a.in[at];
+            if (a.residual) before[k] = a.residual[at];
+        }
+        if (!PACKETS && row == blockIdx.x) await(a, call);
         float sums[UNITS][4];
 #pragma unroll
         for (int k = 0; k < UNITS; ++k)
@@ -186,7 +192,7 @@ __device__ __forceinline__ void sum_rows(const Arguments& a) {
                 if (unit >= a.row_units) continue;
                 uint2 part;
                 if (r == a.rank)
-                    part = a.in[at];
+                    part = own[k];
                 else if constexpr (PACKETS)
                     part = receive(ours.packets + at, packets[k], call);
                 else
@@ -208,11 +214,11 @@ __device__ __forceinline__ void sum_rows(const Arguments& a) {
         for (int k = 0; k < UNITS; ++k) {
             const int unit = threadIdx.x + k * THREADS, at = row * a.row_units + unit;
             if (unit >= a.row_units) continue;
-            float before[4];
-            unpack(a.residual[at], before);
+            float added[4];
+            unpack(before[k], added);
             round_all(sums[k]);  // where separate launches would round
 #pragma unroll
-            for (int j = 0; j < 4; ++j) sums[k][j] += before[j];
+            for (int j = 0; j < 4; ++j) sums[k][j] += added[j];
             const uint2 after = pack(sums[k]);
             a.residual[at] = after;
             unpack(after, sums[k]);
@@ -238,15 +244,14 @@ __device__ __forceinline__ void sum_rows(const Arguments& a) {
     end(a, call);
 }
 
-#define SUM_ROWS(name, units, packets) \
-    extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ Arguments a) { sum_rows<units, packets>(a); }
+#define SUM_ROWS(name, units, packets, blocks_each) \
+    extern "C" __global__ void __launch_bounds__(THREADS, blocks_each) name(const __grid_constant__ Arguments a) { sum_rows<units, packets>(a); }
 
-SUM_ROWS(sum_packets_2, 2, true)
-SUM_ROWS(sum_packets_4, 4, true)
-SUM_ROWS(sum_packets_8, 8, true)
-SUM_ROWS(sum_plain_2, 2, false)
-SUM_ROWS(sum_plain_4, 4, false)
-SUM_ROWS(sum_plain_8, 8, false)
+SUM_ROWS(sum_packets_2, 2, true, 1)
+SUM_ROWS(sum_packets_4, 4, true, 1)
+SUM_ROWS(sum_plain_2, 2, false, 2)
+SUM_ROWS(sum_plain_4, 4, false, 2)
+SUM_ROWS(sum_plain_8, 8, false, 1)
 
 // Puts together rows of RANKS · row_units units, of which this rank has row_units in `in`.
 extern "C" __global__ void __launch_bounds__(THREADS) gather_packets(const __grid_constant__ Arguments a) {

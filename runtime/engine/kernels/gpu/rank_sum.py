@@ -19,15 +19,27 @@ SOURCE = "rank_sum.cu"
 PACKET_SUM_BYTES = 128 << 10  # sums up to this size are sent as packets
 MOST_PACKET_BYTES = 512 << 10  # what one rank sends another as packets
 MOST_BYTES = 2 << 20  # what one rank sends to all others together
-_BLOCKS = 128  # at most in a launch; every GPU that the kernels are made for has room for as many at once
+_BLOCKS = 256  # at most in a launch
 _THREADS = 512
 _UNIT_BYTES = 8
 _PACKET_BYTES = 16
-_UNITS = (2, 4, 8)  # of a row in one thread
 _SHARED_BYTES = 2 * _THREADS // 32 * 4
 _HALF = {torch.bfloat16: "false", torch.float16: "true"}
 _GATHER = "gather_packets"
-_NAMES = (*(f"sum_{how}_{units}" for how in ("packets", "plain") for units in _UNITS), _GATHER)
+
+
+@dataclass(frozen=True, slots=True)
+class _SumKernel:
+    """A kernel for rows of up to `units` units in each thread, of which `blocks_each` blocks run on a multiprocessor at once."""
+
+    name: str
+    units: int
+    blocks_each: int
+
+
+_PACKETS = (_SumKernel("sum_packets_2", 2, 1), _SumKernel("sum_packets_4", 4, 1))
+_PLAIN = (_SumKernel("sum_plain_2", 2, 2), _SumKernel("sum_plain_4", 4, 2), _SumKernel("sum_plain_8", 8, 1))
+_NAMES = (*(kernel.name for kernel in (*_PACKETS, *_PLAIN)), _GATHER)
 
 
 def inbox_bytes(num_ranks: int) -> int:
@@ -58,19 +70,16 @@ class _Norm:
 
 
 class RankSum:
-    """Sums rows of bfloat16 or float16. Every rank must make the same calls in the same order, on one stream.
+    """Sums rows of bfloat16 or float16. Every rank must make the same calls in the same order, on one stream, after `use`.
 
     Args:
         inboxes: the addresses of all ranks' inboxes, by rank. They must stay mapped.
     """
 
-    def __init__(
-        self,
-        inboxes: Sequence[int],
-        rank: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, inboxes: Sequence[int], rank: int, device: torch.device) -> None:
         self._rank = rank
+        self._device = device
+        self._num_processors = 0
         self._num_ranks = len(inboxes)
         self._calls = torch.zeros(_BLOCKS, dtype=torch.int32, device=device)
         packet_units, plain_units = _capacity(self._num_ranks)
@@ -86,13 +95,19 @@ class RankSum:
         }
 
     @property
-    def is_available(self) -> bool:
-        """Whether the kernels were compiled on this rank. Ranks that disagree must not use them."""
-        return None not in self._modules.values()
+    def num_processors(self) -> int:
+        """The number of multiprocessors of this rank's GPU, 0 if the kernels cannot run on it."""
+        if None in self._modules.values():
+            return 0
+        return torch.cuda.get_device_properties(self._device).multi_processor_count
+
+    def use(self, num_processors: int) -> None:
+        """Let launches have as many blocks as run on so many multiprocessors at once. The number must be the same on all ranks."""
+        self._num_processors = num_processors
 
     def serves(self, rows: Tensor) -> bool:
         """Whether `all_reduce` and `add_rms_norm` can sum rows of this shape and type."""
-        return self._fits(rows, self._most_bytes) and rows.shape[-1] <= 4 * _THREADS * _UNITS[-1]
+        return self._fits(rows, self._most_bytes) and rows.shape[-1] <= 4 * _THREADS * _PLAIN[-1].units
 
     def serves_gather(self, part: Tensor) -> bool:
         """Whether `gather` can put together parts of this shape and type."""
@@ -110,8 +125,8 @@ class RankSum:
         """Return rows of all ranks' columns, in the order of the ranks. `part`: this rank's columns, as many as every other rank's."""
         width = part.shape[-1]
         out = part.new_empty((*part.shape[:-1], width * self._num_ranks))
-        blocks = min(_BLOCKS, -(-part.numel() * part.element_size() // (_UNIT_BYTES * _THREADS)))
-        self._launch(_GATHER, blocks, part, out, None)
+        blocks = -(-part.numel() * part.element_size() // (_UNIT_BYTES * _THREADS))
+        self._launch(_GATHER, min(blocks, self._num_processors, _BLOCKS), part, out, None)
         return out
 
     def _fits(self, rows: Tensor, most_bytes: int) -> bool:
@@ -125,14 +140,11 @@ class RankSum:
 
     def _sum(self, rows: Tensor, norm: _Norm | None) -> Tensor:
         out = torch.empty_like(rows)
-        each = -(-rows.shape[-1] // (4 * _THREADS))
-        units = next(units for units in _UNITS if units >= each)
-        how = (
-            "packets"
-            if rows.numel() * rows.element_size() <= min(PACKET_SUM_BYTES, self._most_packet_bytes)
-            else "plain"
-        )
-        self._launch(f"sum_{how}_{units}", min(_BLOCKS, rows.numel() // rows.shape[-1]), rows, out, norm)
+        num_rows, each = rows.numel() // rows.shape[-1], -(-rows.shape[-1] // (4 * _THREADS))
+        are_few = rows.numel() * rows.element_size() <= min(PACKET_SUM_BYTES, self._most_packet_bytes)
+        kernel = next(one for one in (*(_PACKETS if are_few else ()), *_PLAIN) if one.units >= each)
+        most_blocks = min(self._num_processors * kernel.blocks_each, _BLOCKS)
+        self._launch(kernel.name, min(num_rows, most_blocks), rows, out, norm)
         return out
 
     def _launch(self, name: str, blocks: int, given: Tensor, out: Tensor, norm: _Norm | None) -> None:
