@@ -1,7 +1,7 @@
 """Mask sources for tests: grammars whose allowed tokens are a pure function of the output so far.
 
-"half" allows a pseudo-random half of the vocabulary that depends on every output token. "half/N" allows only token 0 after N tokens. "raises/N" and
-"empty/N" are like "half", and break after N tokens. "often" allows a single token after seven outputs of eight.
+"half" allows a pseudo-random half of the vocabulary that depends on every output token. "half/N" allows only token 0 after N tokens. "raises/N",
+"exceeds/N" and "empty/N" are like "half", and break after N tokens. "often" allows a single token after seven outputs of eight.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -57,9 +57,11 @@ class GrammarMasks:
     def fill_mask(self, words: TokenMasks) -> None:
         self._on_fill()
         kind, _, count = self.grammar.partition("/")
-        if kind in ("raises", "empty") and len(self.accepted) >= int(count):
+        if kind in ("raises", "exceeds", "empty") and len(self.accepted) >= int(count):
             if kind == "raises":
                 raise ValueError("the parser is stuck")
+            if kind == "exceeds":
+                raise InvalidRequest("too complex")
             return
         words[:] = pack(allowed_tokens(self.grammar, self.accepted, self._vocab_size), self._vocab_size)
 

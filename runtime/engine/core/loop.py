@@ -229,8 +229,8 @@ class EngineLoop:
             return True
         self._flights.append(Flight(model, step, launched, tokens, predicted_us, model.await_weights(now) * 1e6))
         if masks is not None:
-            for sequence, text in masks.failures:
-                self.table.end(model, [sequence], FinishReason.ERROR, now, "INTERNAL", text)
+            for failure in masks.failures:
+                self.table.end(model, [failure.sequence], FinishReason.ERROR, now, failure.code, failure.text)
         for flight, cause in failed:
             self._fault(flight.model, flight.step, cause)
         return True

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from runtime.engine.grammar.interfaces import TokenMasks
 from runtime.engine.grammar.tokenizer import GrammarTokenizer
+from runtime.errors import InvalidRequest
 from runtime.types import Grammar
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ _ALL_ALLOWED = -1
 _NO_TEXT = "NoExtensionBias"  # the library's code for a grammar that no text matches
 
 
-class GrammarError(Exception):
+class GrammarError(InvalidRequest):
     """The grammar cannot continue, because it exceeds a limit on the work for one token."""
 
 
