@@ -89,17 +89,19 @@ class AdapterChooser:
         record = self._registry.models.get(model_id)
         own_base = await self._registry.base_of(record.info) if record is not None else None
         if record is None or own_base is None or own_base[0] != base_id:
-            raise InvalidRequest(f"{choice.param}: {choice.name!r} is not an adapter of {base!r}")
+            raise InvalidRequest(f"{choice.param}: {choice.name!r} is not an adapter of {base!r}", param=choice.param)
         if choice.uri and choice.uri != record.path:
             raise InvalidRequest(
-                f"{choice.param}: {choice.name!r} is registered with files from elsewhere; send its name alone"
+                f"{choice.param}: {choice.name!r} is registered with files from elsewhere; send its name alone",
+                param=choice.param,
             )
         return choice.name
 
     async def _register(self, base: str, choice: AdapterChoice) -> None:
         if not choice.uri:
             raise InvalidRequest(
-                f"{choice.param}: {choice.name!r} is not registered; register it as an adapter of {base!r} first"
+                f"{choice.param}: {choice.name!r} is not registered; register it as an adapter of {base!r} first",
+                param=choice.param,
             )
         if not current_caller().may_manage:
             raise PermissionDenied(
@@ -127,5 +129,5 @@ def _from_source(name: str, source: str) -> AdapterChoice:
 
 def _text(param: str, value: object) -> str:
     if not isinstance(value, str):
-        raise InvalidRequest(f"{param} must be a string")
+        raise InvalidRequest(f"{param} must be a string", param=param)
     return value

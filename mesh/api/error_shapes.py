@@ -66,7 +66,7 @@ class ErrorShape:
 
 
 def _problem(error: MeshError) -> Problem:
-    return Problem(error.message, error.openai_type, None, _code(error))
+    return Problem(error.message, error.openai_type, error.param, _code(error))
 
 
 def _code(error: MeshError) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import re
 from typing import TypeVar
 
 import msgspec
@@ -17,6 +18,7 @@ T = TypeVar("T")
 _IDLE_S = 60.0  # a client that sends nothing for this time counts as disconnected
 BODY_TIMEOUT_S = web.AppKey("body_timeout_s", float)
 _PREFIX_BYTES = 1024
+_FIELD = re.compile(r"(?:at `\$\.|missing required field `)(\w+)")
 
 
 class InferenceBody(AdapterFields, frozen=True):
@@ -83,7 +85,8 @@ def decode(body: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(f"the body is not as expected: {error}") from None
+        at = _FIELD.search(str(error))
+        raise InvalidRequest(f"the body is not as expected: {error}", param=at[1] if at else None) from None
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from None
 

@@ -125,7 +125,7 @@ class HttpGateway:
 
     async def _resolve(self, name: str | None) -> str:
         if not name:
-            raise InvalidRequest("model is missing: it names the model to use")
+            raise InvalidRequest("model is missing: it names the model to use", param="model")
         return await self._registry.resolve_known(name, virtual=False)
 
     def _keep_alive(self, request: web.Request, record: Record, attempts: Attempts) -> SseKeepAlive:

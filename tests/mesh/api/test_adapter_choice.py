@@ -191,3 +191,12 @@ async def test_adapter_is_loaded_as_soon_as_its_base_is_registered_again(pod: Ru
         assert "its base 'base' is not registered; register 'base'" in answer["error"]["message"]
     await pod.name("base", "/base")
     assert (await called(pod, "sql")).startswith("sql__")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"adapter_id": 5}, "adapter_id"), ({"adapter_id": "nobody"}, "adapter_id"), ({"stream": 5}, "stream")],
+)
+async def test_refused_fields_are_named(pod: RunningPod, fields: dict[str, Any], param: str) -> None:
+    status, answer, _ = await pod.chat("base", **fields)
+    assert (status, answer["error"]["param"]) == (400, param)
