@@ -56,9 +56,9 @@ class ChatTemplates:
     def __bool__(self) -> bool:
         return bool(self._texts)
 
-    def shows_tools(self, model: str, wanted: str | None) -> bool:
-        """Whether a template has a place for tools. Raises InvalidRequest like `render`."""
-        return "tools" in self._pick(model, wanted)
+    def reads(self, model: str, wanted: str | None, variable: str) -> bool:
+        """Whether a template names a variable. Raises InvalidRequest like `render`."""
+        return variable in self._pick(model, wanted)
 
     def replaced(self, templates: Mapping[str, str]) -> "ChatTemplates":
         """Return other templates with the same special tokens."""

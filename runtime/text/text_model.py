@@ -55,9 +55,9 @@ class TextModel:
         """Return the prompt's text. Encode it without adding special tokens, since templates write them. Errors carry the name `model`."""
         return self._templates.render(model, messages, options)
 
-    def shows_tools(self, model: str, template: str | None) -> bool:
-        """Whether the model's template, or its template of a name, has a place for tools. Errors carry the name `model`."""
-        return self._templates.shows_tools(model, template)
+    def template_reads(self, model: str, template: str | None, variable: str) -> bool:
+        """Whether the model's template, or its template of a name, names a variable. Errors carry the name `model`."""
+        return self._templates.reads(model, template, variable)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)

@@ -54,9 +54,7 @@ async def prepare_chat(
     requests = plan_chat(model, body, prompt)
     chat = ChatGrammar(tools.calls, tools.functions, tools.parallel, wanted)
     guide = await guide_chat(model, chat, tools.output_format or model.text.output_format, text)
-    notes = guide.notes
-    if tools.tools and not model.text.shows_tools(model.name, body.chat_template):
-        notes = (*notes, "the model does not see the tools: its chat template has no place for them")
+    notes = (*guide.notes, *_template_notes(model, body, tools))
     if body.thinking_token_budget is not None:
         budget = reasoning_budget(model, text, body.thinking_token_budget)
         if budget is None:
@@ -71,3 +69,20 @@ async def render_prompt(model: ServedModel, body: ChatBody, tools: ToolPlan) -> 
     if body.truncate_prompt_tokens is None:
         check_chars(model, [text], param="messages")
     return text, await encode_text(model, text, add_special_tokens=bool(body.add_special_tokens))
+
+
+def _template_notes(model: ServedModel, body: ChatBody, tools: ToolPlan) -> list[str]:
+    """Return what the chat template makes no use of."""
+
+    def reads(variable: str) -> bool:
+        return model.text.template_reads(model.name, body.chat_template, variable)
+
+    notes: list[str] = []
+    if tools.tools and not reads("tools"):
+        notes.append("the model does not see the tools: its chat template has no place for them")
+    if body.reasoning_effort not in (None, "none") and not reads("reasoning_effort"):
+        notes.append("reasoning_effort has no effect: the chat template does not read it")
+    wants_reasoning = (body.chat_template_kwargs or {}).get("enable_thinking") is True
+    if wants_reasoning and model.text.output_format is None and not reads("thinking"):
+        notes.append("the model does not reason first: its chat template has no place for it")
+    return notes

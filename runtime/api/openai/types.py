@@ -97,6 +97,8 @@ class HistoryCall(msgspec.Struct, frozen=True):
 
     function: HistoryFunction
     id: str = ""
+    type: str = "function"
+    index: int | None = None  # of no effect: clients keep it from the stream
 
 
 class ChatTurn(msgspec.Struct, frozen=True):

@@ -280,6 +280,41 @@ async def test_tools_of_a_family_without_a_format_are_called_as_json(tmp_path: P
     assert not reader.accepts(grammar, "Hello.")
 
 
+@pytest.mark.parametrize(
+    ("fields", "model_name", "note"),
+    [
+        ({"reasoning_effort": "low"}, "m2", "reasoning_effort has no effect"),
+        ({"reasoning_effort": "none"}, "m2", ""),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "m2", "does not reason first"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "m1", ""),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "m2", ""),
+    ],
+)
+async def test_reasoning_that_the_template_does_not_read_is_noted(
+    model: ServedModel, tmp_path: Path, fields: dict[str, Any], model_name: str, note: str
+) -> None:
+    plain = served(tiny.byte_level(tmp_path / "m"), "m2", max_model_len=500)
+    async with serve(ScriptedEngine(lambda asked: [5]), model, plain) as found, aiohttp.ClientSession() as http:
+        body = {"model": model_name, "messages": HELLO, **fields}
+        async with http.post(f"{found.url}/v1/chat/completions", json=body) as response:
+            assert response.status == 200
+            assert note in response.headers.get("Warning", "")
+            assert bool(note) == ("Warning" in response.headers)
+
+
+async def test_history_as_the_official_client_sends_it_has_no_unknown_fields(server: Server) -> None:
+    say(server, CALLS)
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        answer = await client.chat.completions.create(model="m1", messages=HELLO, tools=[WEATHER])
+        made: Any = answer.choices[0].message
+        turns: Any = [*HELLO, made.model_dump()]
+        for index, call in enumerate(turns[-1]["tool_calls"]):
+            call["index"] = index
+            turns.append({"role": "tool", "tool_call_id": call["id"], "content": "rain"})
+        again = await client.chat.completions.with_raw_response.create(model="m1", messages=turns, tools=[WEATHER])
+        assert "Warning" not in again.headers
+
+
 async def test_tools_that_the_template_does_not_show_are_noted(server: Server, tmp_path: Path) -> None:
     plain = served(tiny.byte_level(tmp_path / "m"), "m2", max_model_len=500)
     async with serve(ScriptedEngine(lambda asked: []), plain) as found:
