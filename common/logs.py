@@ -3,11 +3,13 @@
 Callers never pass a prompt or a secret.
 """
 
+import asyncio
 import functools
 import json
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import islice
@@ -17,6 +19,7 @@ _OWN_ATTRIBUTES = tuple(vars(logging.makeLogRecord({})))
 _RECORD_ATTRIBUTES = frozenset(_OWN_ATTRIBUTES) | {"message", "asctime", "taskName"}
 
 _NOTHING = ("", None)
+_GATHER_S = 0.02
 _encode_json = json.JSONEncoder(default=str, ensure_ascii=False).encode
 
 # The names of log4j that Python's logging does not have.
@@ -115,22 +118,57 @@ class TextFormatter(LineFormatter):
 
 
 class LineHandler(logging.StreamHandler[TextIO]):
-    """Writes lines to a stream, from records and without them."""
+    """Writes lines to a stream, from records and without them, in the order of their calls.
+
+    In an event loop, lines without records are written after a moment, several in one piece: between two requests, the code that formats a line has left
+    the processor's caches, and one line takes as long as ten in a row. A process that is killed loses the lines of that moment.
+    """
 
     def __init__(self, stream: TextIO, formatter: LineFormatter) -> None:
         super().__init__(stream)
         self.setFormatter(formatter)
         self._lines = formatter
+        self._waiting = deque[Line]()
+        self._due_in: asyncio.AbstractEventLoop | None = None  # where a timer writes the lines that wait
 
     def write(self, line: Line) -> None:
-        """Write a line. An error is handled as that of a record is."""
+        """Write a line: after a moment in an event loop, at once elsewhere. An error is handled as that of a record is."""
+        self._waiting.append(line)
         try:
-            text = self._lines.text(line) + self.terminator
-            with self.lock or nullcontext():
-                self.stream.write(text)
-                self.flush()
-        except Exception:
-            self.handleError(logging.makeLogRecord({"name": line.logger, "msg": line.message}))
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._write_waiting()
+            return
+        if self._due_in is not loop:
+            self._due_in = loop
+            loop.call_later(_GATHER_S, self._write_waiting)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, after the lines that wait."""
+        self._write_waiting()
+        super().emit(record)
+
+    def flush(self) -> None:
+        """Write the lines that wait. Logging calls this when the process ends, too."""
+        self._write_waiting()
+        super().flush()
+
+    def _write_waiting(self) -> None:
+        self._due_in = None
+        texts: list[str] = []
+        with self.lock or nullcontext():
+            while self._waiting:
+                line = self._waiting.popleft()
+                try:
+                    texts.append(self._lines.text(line) + self.terminator)
+                except Exception:
+                    self.handleError(logging.makeLogRecord({"name": line.logger, "msg": line.message}))
+            if texts:
+                try:
+                    self.stream.write("".join(texts))
+                    self.stream.flush()
+                except Exception:
+                    self.handleError(logging.makeLogRecord({"name": line.logger, "msg": line.message}))
 
 
 def _only_handler(logger: logging.Logger) -> LineHandler | None:

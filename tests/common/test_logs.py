@@ -1,14 +1,27 @@
 """Log lines: fields, exceptions, and no forged line."""
 
+import asyncio
 import io
 import json
 import logging
 import sys
-from collections.abc import Iterator
 
 import pytest
 
 from common.logs import JsonFormatter, LineFormatter, LineHandler, TextFormatter, log_fields
+from tests.support.waiting import until
+
+
+class CountingStream(io.StringIO):
+    """Keeps what each call wrote."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.texts.append(text)
+        return len(text)
 
 
 def record(message: str, *, with_error: bool = False, **extra: object) -> logging.LogRecord:
@@ -82,12 +95,9 @@ def test_log_fields_is_shown_like_extra(formatter: logging.Formatter, caplog: py
 
 
 @pytest.fixture
-def alone() -> Iterator[logging.Logger]:
-    """A logger whose records reach only its own handlers."""
-    logger = logging.getLogger("tests.alone")
-    logger.propagate, logger.level = False, logging.INFO
-    yield logger
-    logger.handlers.clear()
+def alone() -> logging.Logger:
+    """A logger whose records reach only its own handlers: pytest adds some to the loggers that it can find."""
+    return logging.Logger("tests.alone", logging.INFO)
 
 
 @pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()], ids=["text", "json"])
@@ -130,3 +140,38 @@ def test_log_fields_survives_a_closed_stream(alone: logging.Logger, capsys: pyte
     stream.close()
     log_fields(alone, logging.INFO, "request", {"code": "OK"})
     assert "Logging error" in capsys.readouterr().err
+
+
+async def test_log_fields_in_an_event_loop_writes_lines_in_one_piece_and_in_order(alone: logging.Logger) -> None:
+    stream = CountingStream()
+    alone.addHandler(LineHandler(stream, TextFormatter()))
+    for number in range(3):
+        log_fields(alone, logging.INFO, f"request {number}", {})
+    assert not stream.texts
+    await until(lambda: bool(stream.texts))
+    [text] = stream.texts
+    assert [line[-1] for line in text.splitlines()] == ["0", "1", "2"]
+    log_fields(alone, logging.INFO, "request 3", {})
+    alone.warning("a record")
+    assert [text.split(": ")[1].strip() for text in stream.texts[1:]] == ["request 3", "a record"]
+
+
+def test_lines_that_wait_are_written_by_the_next_loop_and_at_the_end_of_the_process(alone: logging.Logger) -> None:
+    stream = io.StringIO()
+    handler = LineHandler(stream, TextFormatter())
+    alone.addHandler(handler)
+
+    async def log(message: str) -> None:
+        log_fields(alone, logging.INFO, message, {})
+
+    async def wait() -> None:
+        await log("second")
+        await until(lambda: "second" in stream.getvalue())
+
+    asyncio.run(log("first"))
+    assert not stream.getvalue(), "the loop has ended before its timer"
+    asyncio.run(wait())
+    assert stream.getvalue().index("first") < stream.getvalue().index("second")
+    asyncio.run(log("third"))
+    handler.flush()  # as logging.shutdown does
+    assert stream.getvalue().endswith("third\n")
