@@ -3,12 +3,13 @@
 import queue
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from runtime.config.schema import EngineConfig
 from runtime.engine.core.loop import EngineLoop
-from runtime.engine.interfaces import Drafter
+from runtime.engine.interfaces import Drafter, KvGeometry
 from runtime.engine.operations import Operation
 from runtime.ipc.messages import (
     Abort,
@@ -293,3 +294,29 @@ class Stage:
         assert all(bank.closed for bank in self.backend.banks)
         assert all(runner.closed for runner in self.backend.runners)
         assert all(answer.last is not None for answer in self.answers.values())
+
+
+def stage(
+    names: str = "ab",
+    *,
+    total_slabs: int = 32,
+    turn_s: float = 0.005,
+    config: dict[str, Any] | None = None,
+    **spec: object,
+) -> Stage:
+    """Return a stage whose fake backend has loaded the models `names`, one letter each. `spec`: fields of all of them."""
+    roomy = KvGeometry(4, 32, 32, 1, 32, 64)  # 128 tokens a slab
+    specs = {name: FakeSpec(**{"eos": (), "kv": roomy, **spec}) for name in names}  # type: ignore[arg-type]
+    made = Stage(FakeBackend(specs, total_slabs=total_slabs), turn_s=turn_s, **(config or {}))
+    for name in names:
+        made.load(name)
+    made.turn(10)
+    assert sorted(made.loaded() + [f.model_id for f in made.failures()]) == sorted(names)
+    return made
+
+
+def error_of(answer: Answer) -> tuple[str | None, str]:
+    """Return the code and the text of the error with which an answer ended."""
+    assert answer.last is not None
+    assert answer.finish is FinishReason.ERROR
+    return answer.last.error_code, answer.last.error or ""

@@ -7,8 +7,8 @@ import pytest
 from common.model_state import Tier
 from runtime.engine.interfaces import KvGeometry
 from runtime.ipc.messages import EngineStats, Loaded, Shutdown
+from tests.support.engine_stage import stage
 from tests.support.fake_backend import FakeBackend
-from tests.unit.engine.core.test_loop import stage
 
 
 @pytest.mark.parametrize(("device", "most"), [("fake", 400), ("cpu", 130)])

@@ -12,11 +12,10 @@ from runtime.engine.interfaces import KvGeometry
 from runtime.engine.operations import OpenRow, Operation, RunDraws, RunForward, RunStep
 from runtime.ipc.messages import Shutdown
 from runtime.types import FinishReason, LogprobParams, ReasoningBudget, SamplingParams
-from tests.support.engine_stage import Stage
+from tests.support.engine_stage import Stage, stage
 from tests.support.fake_backend import FakeBackend
 from tests.support.fake_specs import FakeSpec
 from tests.support.random_life import run_life, seeds_of_long_runs
-from tests.unit.engine.core.test_loop import stage
 
 
 def test_masked_rows_are_in_every_step_like_others() -> None:
