@@ -12,6 +12,7 @@ from mesh.observability.modelmesh_metrics import ModelMeshMetrics, PodFigures
 from mesh.registry.registration import name_in
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_GATHERED = 64  # ended requests
 _MISS_MS = 10.0  # ModelMesh counts a request as a cache miss if it waited longer
 
 
@@ -71,6 +72,10 @@ class Metrics:
             self._carried_seconds,
         )
         self._modelmesh = ModelMeshMetrics()
+        # What each request adds is gathered and counted in a row: between two requests, the code that counts has left the processor's caches.
+        self._ended: list[tuple[str, str, str, str, float, str, int, int]] = []
+        self._invoked: list[tuple[str, str, float]] = []
+        self._answered: list[tuple[str, float]] = []
 
     def request(
         self,
@@ -85,12 +90,9 @@ class Metrics:
         response_bytes: int = 0,
     ) -> None:
         """Count a finished request. `carrier` is grpc or http; `model_id` and `key` are empty if the request has none."""
-        self._requests.inc(name_in(model_id), carrier, code)
-        if key:
-            self._key_requests.inc(key, carrier, code)
-        self._modelmesh.api_request.observe(seconds * 1000, method, code)
-        self._modelmesh.request_size.observe(request_bytes, method, code)
-        self._modelmesh.response_size.observe(response_bytes, method, code)
+        self._ended.append((model_id, carrier, code, method, seconds, key, request_bytes, response_bytes))
+        if len(self._ended) >= _GATHERED:
+            self._count_gathered()
 
     def carried(self, model_id: str, carrier: str, count: int) -> None:
         """Count requests that Envoy or a worker carried."""
@@ -106,7 +108,7 @@ class Metrics:
 
     def invoked(self, method: str, code: str, seconds: float) -> None:
         """Count one call of the local runtime, of which a request may need several."""
-        self._modelmesh.invoke_model.observe(seconds * 1000, method, code)
+        self._invoked.append((method, code, seconds))
 
     def waited_for_load(self, seconds: float) -> None:
         """Count a request that has waited for its model to be loaded."""
@@ -118,7 +120,7 @@ class Metrics:
         self._modelmesh.request_queue_delay.observe(seconds * 1000)
 
     def first_byte(self, model_id: str, seconds: float) -> None:
-        self._first_byte.observe(seconds, name_in(model_id))
+        self._answered.append((model_id, seconds))
 
     def held(self, model_id: str, change: int) -> None:
         self._held.change(change, name_in(model_id))
@@ -159,12 +161,28 @@ class Metrics:
 
     def text(self, figures: PodFigures, is_registered: Callable[[str], bool]) -> bytes:
         """Return all series in Prometheus' text format, after dropping those of models that are no longer registered."""
+        self._count_gathered()
         for name in {name for family in self._by_model for name in family.first_labels()}:
             if name and not self._is_busy(name) and not is_registered(name):
                 for family in self._by_model:
                     family.drop(name)
         families = Families(family.family() for family in (*self._by_model, self._key_requests))
         return generate_latest(families) + self._modelmesh.text(figures)
+
+    def _count_gathered(self) -> None:
+        for model_id, carrier, code, method, seconds, key, request_bytes, response_bytes in self._ended:
+            self._requests.inc(name_in(model_id), carrier, code)
+            if key:
+                self._key_requests.inc(key, carrier, code)
+            self._modelmesh.api_request.observe(seconds * 1000, method, code)
+            self._modelmesh.request_size.observe(request_bytes, method, code)
+            self._modelmesh.response_size.observe(response_bytes, method, code)
+        for method, code, seconds in self._invoked:
+            self._modelmesh.invoke_model.observe(seconds * 1000, method, code)
+        for model_id, seconds in self._answered:
+            self._first_byte.observe(seconds, name_in(model_id))
+        for gathered in (self._ended, self._invoked, self._answered):
+            gathered.clear()
 
     def _is_busy(self, name: str) -> bool:
         """Whether a gauge of the model is above 0. It will be decremented, so it must not be dropped."""

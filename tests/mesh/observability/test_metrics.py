@@ -1,5 +1,8 @@
 """The mesh's own metrics: which series exist, and for how long."""
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from mesh.observability.metrics import Metrics
 from mesh.observability.modelmesh_metrics import PodFigures
 
@@ -29,3 +32,23 @@ def test_metrics_series_of_a_model_end_with_its_registration_and_last_request() 
     assert lines(metrics)
     metrics.in_flight(NEW, -1)
     assert lines(metrics) == []
+
+
+@given(st.lists(st.integers(0, 150), max_size=4))
+def test_metrics_show_every_request_that_has_ended(between_scrapes: list[int]) -> None:
+    metrics, total = Metrics(), 0
+    for count in between_scrapes:
+        for _ in range(count):
+            metrics.first_byte(NEW, 0.01)
+            metrics.invoked("Generate", "OK", 0.01)
+            metrics.request(NEW, "grpc", "OK", "Generate", 0.01, key="team")
+        total += count
+        text = metrics.text(FIGURES, lambda _: True).decode()
+        for series in (
+            'repertory_mesh_requests_total{carrier="grpc",code="OK",model_name="org/m"}',
+            'repertory_mesh_key_requests_total{carrier="grpc",code="OK",key="team"}',
+            'repertory_mesh_time_to_first_byte_seconds_count{model_name="org/m"}',
+            'modelmesh_api_request_milliseconds_count{code="OK",method="Generate"}',
+            'modelmesh_invoke_model_milliseconds_count{code="OK",method="Generate"}',
+        ):
+            assert (f"{series} {total}.0" in text.splitlines()) == (total > 0)
