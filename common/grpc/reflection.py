@@ -48,7 +48,7 @@ def _pool(services: Iterable[str]) -> DescriptorPool:
 
 
 def _files(file: Any, added: set[str]) -> Iterator[FileDescriptorProto]:
-    """Yield the file after those that it imports, without those that were `added` before."""
+    """Yield a file's imports and then the file, leaving out what is in `added`."""
     if file.name in added:
         return
     added.add(file.name)
@@ -64,7 +64,7 @@ def _proto(file: Any) -> FileDescriptorProto:
 
 
 def _renamed(file: Any) -> FileDescriptorProto:
-    """Return v1alpha's file as that of v1."""
+    """Return a copy of v1alpha's file with the names of v1."""
     proto = _proto(file)
     proto.name, proto.package = f"{_STABLE.replace('.', '/')}/reflection.proto", _STABLE
     for message in proto.message_type:

@@ -1,4 +1,4 @@
-"""Admits requests: recognises peers and keys, and checks the key's rights and limits. Both ports use it before they read anything of a body."""
+"""Admits requests: recognises peers and keys, and checks the key's rights and limits. Both ports call it before they read a request's body."""
 
 from collections.abc import Callable, Iterable
 

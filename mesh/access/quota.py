@@ -8,7 +8,7 @@ from mesh.access.api_keys import ApiKey
 from mesh.errors import Overloaded
 
 _MINUTE_S = 60.0
-_BURST_S = 10.0  # of requests that may come at once
+_BURST_S = 10.0  # The requests of this time may arrive at once.
 
 
 @dataclass(slots=True)
@@ -55,7 +55,7 @@ class Quotas:
         return end
 
     def _take(self, key: ApiKey, use: _Use) -> None:
-        """Take a token of the bucket. The bucket holds what accrues in ten seconds, and one token at least."""
+        """Take a token from the key's bucket, which holds the tokens of ten seconds, and at least one."""
         interval_s = _MINUTE_S / key.requests_per_minute
         now_s = self._now_s()
         due_s = max(use.due_s, now_s) + interval_s

@@ -32,7 +32,7 @@ Context = grpc.aio.ServicerContext[pb.DeltaDiscoveryRequest, pb.DeltaDiscoveryRe
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
-    """`met_peers`: this version of the cluster, or an earlier one that Envoy may still have calls of, meets peers."""
+    """A cluster as it is sent. `met_peers`: this version has other pods among its endpoints, or an earlier one had, whose calls may still run."""
 
     cluster: Cluster
     version: str

@@ -28,7 +28,7 @@ _MANAGEMENT = ("/mmesh.ModelMesh/", "/com.ibm.watson.tas.proto.TasRuntime/")
 
 
 class Admission(Protocol):
-    """Admits a call and sets the caller of the current task, or raises MeshError. Returns the function to call at the end of the call, None if there is none."""
+    """Admits a call and sets the caller of the current task, or raises MeshError. Returns a function to call at the end of the call, or None."""
 
     def __call__(self, method: str, metadata: CallMetadata) -> Callable[[], None] | None: ...
 

@@ -219,7 +219,7 @@ class ManagementService(rpc.ModelMeshServicer):
         return vmodel
 
     async def _status_of(self, model_id: str) -> pb.ModelStatusInfo:
-        """Return the status as of now: what another pod has answered to a synchronous call must be true here, too."""
+        """Return the present status. It includes what another pod has just answered to a synchronous call."""
         if await self._registry.models.table.refresh(model_id) is None:
             return pb.ModelStatusInfo(status=pb.ModelStatusInfo.NOT_FOUND)
         status = self._states.status(model_id)

@@ -13,7 +13,11 @@ ServerContext = grpc.aio.ServicerContext[Any, Any]
 
 
 class ReplayBuffer:
-    """`memory` accounts for the kept messages. `max_kept_bytes`: a request with more bytes is not kept and cannot be replayed. `only`: the message of a method that takes exactly one."""
+    """Keeps the messages of one call.
+
+    `memory` accounts for the kept messages. A request of more than `max_kept_bytes` is not kept and cannot be replayed. `only`: the message of a method
+    that takes exactly one.
+    """
 
     __slots__ = (
         "_context",

@@ -210,7 +210,7 @@ def _carried(carrier: Carrier, match: Json, settings: RouteSettings) -> list[Jso
     if settings.keys is not None or carrier is Carrier.HTTP:
         routes.append(_route(match, {"cluster": mesh}))
     if settings.keys is None:
-        # Nobody checks them, and a runtime must not see them.
+        # Without keys these headers are not checked, and a runtime must not see them.
         for route in routes:
             route.setdefault("request_headers_to_remove", []).extend(_KEY_HEADERS)
         return routes
@@ -300,7 +300,7 @@ def _to_mesh(carrier: Carrier, match: Json) -> Json:
 
 
 _NO_TIMEOUT = {"timeout": "0s", "idle_timeout": "0s"}
-# The next tier takes a call that was refused, after a pause that only has to be longer than nothing.
+# The next tier takes a call that was refused, after a pause, which cannot be 0.
 _RETRY = {
     "retry_on": "retriable-headers,connect-failure,refused-stream,reset",
     "retriable_headers": [{"name": "x-repertory-not-here", "present_match": True}],

@@ -34,7 +34,7 @@ class GgufIndex:
 
     metadata: Mapping[str, Value]
     num_items: Mapping[str, int]
-    tensors: Sequence[TensorShape]  # every one is F32 once it is unpacked
+    tensors: Sequence[TensorShape]  # with the dtype F32, as they are unpacked
 
     @property
     def architecture(self) -> str:

@@ -49,7 +49,7 @@ class OipRoutes:
         self._version = version
 
     def add_to(self, router: web.UrlDispatcher) -> None:
-        """Add the routes. Those with more after the name come first, since a name may contain slashes."""
+        """Add the routes. Those with a suffix after the name come first, since a name may contain slashes."""
         router.add_get("/v2", self._server_metadata)
         router.add_get("/v2/health/live", self._live)
         router.add_get("/v2/health/ready", self._ready)

@@ -73,7 +73,7 @@ class PinnedMemory:
 
     def _register_all(self) -> None:
         torch.cuda.set_device(self._device)
-        # half of the cores stay with the engine and its loads
+        # Half of the cores are left to the engine and its loads.
         num_threads = max(1, min(_MOST_TOUCH_THREADS, (os.cpu_count() or 2) // 2))
         with ThreadPoolExecutor(num_threads, thread_name_prefix="touch") as pool:
             for offset in range(0, self.size_bytes, self._unit_bytes):
@@ -84,7 +84,7 @@ class PinnedMemory:
                     return
                 status = torch.cuda.cudart().cudaHostRegister(self._view.data_ptr() + offset, size, 0)
                 if int(status) != 0:
-                    return  # the limit of lockable memory: the rest copies slower
+                    return  # The limit of lockable memory is reached. Copies of the rest are slower.
                 self._registered.append((offset, size))
                 self._registered_bytes = offset + size
 

@@ -31,7 +31,7 @@ _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\xa0-\xff]*")
 
 
 def locate(source: ModelSource, config: RuntimeConfig) -> Path | Source:
-    """Raises InvalidRequest for what cannot be a place, LoadFailed for a local place that is not there."""
+    """Return the place of a model's files. Raises InvalidRequest for a URI of no known form, LoadFailed for a local path that does not exist."""
     scheme, separator, rest = source.uri.partition("://")
     if separator and scheme not in SCHEMES:
         raise InvalidRequest(
@@ -120,7 +120,7 @@ def _bucket(
     except RepertoryError:
         raise
     except Exception as error:
-        # the libraries' own words may quote what they were given
+        # The library's message may quote a secret, so only its type is shown.
         given = ", ".join(sorted(options)) or "none"
         raise LoadFailed(
             f"{where}: the storage options cannot be used ({type(error).__name__}); given are {given}"
@@ -171,7 +171,7 @@ def _headers(options: Mapping[str, str]) -> dict[str, str]:
         raise InvalidRequest(
             "storage parameter headers must be a JSON object of names and values", param="storage_params"
         ) from None
-    # secrets that were made from files end in a line's end
+    # A secret that was read from a file ends with a line break.
     headers = {name: value.strip() for name, value in found.items()}
     for name, value in headers.items():
         if not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):

@@ -132,7 +132,7 @@ class FusedStack:
         turns = {key: table(positions, self._dtype) for key, table in self._tables.items()}
 
         adapters = step.adapters
-        part: Tensor | None = None  # this rank's part of what the residual lacks
+        part: Tensor | None = None  # this rank's part of the last output, which is not in the residual yet
         after: Tensor | None = None  # the norm of the sum of all parts
         are_selected = step.each_samples
         for index, layer in enumerate(self._layers):
