@@ -17,6 +17,7 @@ REQUEST_ID_HEADER = "x-request-id"
 PREFIX_HEADER = "repertory-prefix-hash"
 MODEL_HEADER = "mm-model-id"
 VMODEL_HEADER = "mm-vmodel-id"
+_MODEL_BIN, _VMODEL_BIN = f"{MODEL_HEADER}-bin", f"{VMODEL_HEADER}-bin"
 REQUIRED_HEADER = "mm-required"  # with several ids: "all" fails the request if a model does not exist
 
 # Services between a mesh and its runtime, and gRPC's own, which each server has: callers must not reach a runtime's.
@@ -138,7 +139,7 @@ def _extract(method: str, message: bytes, path: Sequence[int]) -> str | None:
 
 
 def _from_headers(metadata: CallMetadata) -> tuple[Address, ...]:
-    models, vmodels = _ids(metadata, MODEL_HEADER), _ids(metadata, VMODEL_HEADER)
+    models, vmodels = _ids(metadata, MODEL_HEADER, _MODEL_BIN), _ids(metadata, VMODEL_HEADER, _VMODEL_BIN)
     if models and vmodels:
         raise InvalidRequest("must include only one of model id and vmodel id")
     if not models and not vmodels:
@@ -148,8 +149,10 @@ def _from_headers(metadata: CallMetadata) -> tuple[Address, ...]:
     return tuple(Address(name, virtual=bool(vmodels)) for name in vmodels or models)
 
 
-def _ids(metadata: CallMetadata, key: str) -> list[str]:
-    return metadata.all(key) or metadata.all(f"{key}-bin")
+def _ids(metadata: CallMetadata, key: str, binary_key: str) -> list[str]:
+    if key in metadata:
+        return metadata.all(key)
+    return metadata.all(binary_key) if binary_key in metadata else []
 
 
 def onward(
@@ -161,7 +164,7 @@ def onward(
     """
     dropped = _RESERVED_TO_PODS if peer_headers else _RESERVED_TO_RUNTIME
     passed = _passed(metadata, dropped)
-    passed.append((f"{MODEL_HEADER}-bin", model_id.encode()))
+    passed.append((_MODEL_BIN, model_id.encode()))
     if model_id.isascii() and model_id.isprintable():
         passed.append((MODEL_HEADER, model_id))
     passed.extend(peer_headers)
@@ -173,7 +176,7 @@ def as_called(metadata: Metadata) -> Metadata:
     name = next((value for key, value in metadata if key == CALLED_HEADER), None)
     if name is None:
         return metadata
-    written = (CALLED_HEADER, MODEL_HEADER, f"{MODEL_HEADER}-bin")
+    written = (CALLED_HEADER, MODEL_HEADER, _MODEL_BIN)
     return (*((key, value) for key, value in metadata if key not in written), (MODEL_HEADER, name))
 
 

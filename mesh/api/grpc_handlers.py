@@ -14,7 +14,7 @@ import grpc
 import grpc.aio
 
 from common.log_headers import CALLER_HEADER
-from mesh.access.caller import PEER, set_caller
+from mesh.access.caller import ANYBODY, PEER, set_caller
 from mesh.access.guard import Guard, bearer_secret
 from mesh.access.peer_keys import PEER_KEY_HEADER
 from mesh.access.scopes import grpc_scopes
@@ -39,6 +39,9 @@ def admit_by(guard: Guard, *, behind_envoy: bool = False) -> Admission:
     def admit(method: str, metadata: CallMetadata) -> Callable[[], None] | None:
         if behind_envoy and CALLER_HEADER in metadata:
             guard.admit_recognised(unquote(metadata.first(CALLER_HEADER)))
+            return None
+        if not guard.requires_keys and PEER_KEY_HEADER not in metadata:
+            set_caller(ANYBODY)
             return None
         secret = bearer_secret(metadata.first("authorization"))
         return guard.admit((secret,), metadata.first(PEER_KEY_HEADER), grpc_scopes(method))
