@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -13,6 +14,7 @@ from runtime.config.schema import RuntimeConfig
 from runtime.interfaces import ServedModel
 from runtime.observability.metrics import RuntimeMetrics
 from tests.support.scripted_engine import Directory, ScriptedEngine
+from wire.fmaas import generation_pb2 as pb
 from wire.fmaas.generation_pb2_grpc import GenerationServiceStub
 from wire.inference.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 
@@ -42,3 +44,20 @@ async def serve_grpc(
             GenerationServiceStub(channel), GRPCInferenceServiceStub(channel), engine, models[0], INFERENCE_SERVICES
         )
     await server.stop(0)
+
+
+def batch(*texts: str, **params: Any) -> pb.BatchedGenerationRequest:
+    return pb.BatchedGenerationRequest(
+        model_id="unused", requests=[pb.GenerationRequest(text=text) for text in texts], params=pb.Parameters(**params)
+    )
+
+
+def single(text: str = "The fox", **params: Any) -> pb.SingleGenerationRequest:
+    return pb.SingleGenerationRequest(
+        model_id="unused", request=pb.GenerationRequest(text=text), params=pb.Parameters(**params)
+    )
+
+
+async def generate(services: Services, text: str = "The fox", **params: Any) -> pb.GenerationResponse:
+    answer = await services.tgis.Generate(batch(text, **params))
+    return answer.responses[0]
