@@ -5,7 +5,7 @@ says where each adapter's matrices lie, so that one CUDA graph serves any mixtur
 (q, k and v; gate and up): each has an A of its own, and their outputs lie end to end. Scaling is part of B.
 
 On a GPU a shrink (h = A · x) and an expand (y += B · h) run one after the other. Few tokens leave a GPU idle, so the shrink splits the columns of x,
-and the expand adds the parts. The expand of gate and up applies the activation, so that neither is written again.
+and the expand or, up to 8 rows, the shrink's last program adds the parts. The expand of gate and up applies the activation, so that neither is written again.
 """
 
 from collections.abc import Sequence

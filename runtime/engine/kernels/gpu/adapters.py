@@ -1,4 +1,6 @@
-"""Launches the kernels of LoRA adapters (`adapters_triton.py`): shrink and expand, and how they cut their work."""
+"""Launches the kernels of LoRA adapters, shrink and expand: in CUDA C++ (`adapters_cuda.py`) where they support the operands, otherwise in
+Triton (`adapters_triton.py`), whose work is cut here.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from runtime.engine.kernels.activation import GATE_CODES, Activation
 from runtime.engine.kernels.adapters import MAX_MODULES, SMALL_CHUNK, AdapterTable, Chunks
-from runtime.engine.kernels.gpu import pdl
+from runtime.engine.kernels.gpu import adapters_cuda, pdl
 from runtime.engine.kernels.gpu.adapters_triton import expand_kernel, gated_expand_kernel, shrink_kernel
 from runtime.engine.kernels.gpu.dot import precision
 from runtime.engine.kernels.scratch import Scratch
@@ -67,6 +69,10 @@ def shrink(
     num_tokens, in_features = x.shape
     if not 0 < slices <= MAX_MODULES or x.stride(1) != 1:
         raise ValueError(f"x {list(x.shape)} with strides {x.stride()} does not fit {slices} modules")
+    if num_tokens and chunks.most:
+        hidden = adapters_cuda.shrink(x, chunks, table, first_module, slices, scratch)
+        if hidden is not None:
+            return Shrunk(hidden, 1)
     how = tiling(chunks, in_features, slices)
     elements = how.splits * num_tokens * slices * triton.cdiv(table.max_rank, _BLOCK_R) * _BLOCK_R
     # Every launch that uses the scratch waits for the kernels before it, so the parts live until the expand has read them.
@@ -112,6 +118,8 @@ def expand(
         raise ValueError(f"y {list(y.shape)} with strides {y.stride()} does not fit modules of widths {widths}")
     if not num_tokens or not chunks.most:
         return
+    if adapters_cuda.expand(y, None, shrunk.parts, shrunk.num_splits, chunks, table, first_module, widths):
+        return
     block_n, num_warps = outputs_of_block(chunks)
     expand_kernel[(min(chunks.most, MOST_LANES), sum(triton.cdiv(width, block_n) for width in widths))](
         y,
@@ -155,6 +163,8 @@ def expand_gated(
         raise ValueError(f"y {list(y.shape)} with strides {y.stride()} does not fit gate and up of widths {widths}")
     out = y.new_empty((num_tokens, width))
     if not num_tokens or not chunks.most:
+        return out
+    if adapters_cuda.expand(y, out, shrunk.parts, shrunk.num_splits, chunks, table, first_module, widths, activation):
         return out
     block_n, num_warps = gated_outputs_of_block(chunks)
     gated_expand_kernel[(min(chunks.most, MOST_LANES), triton.cdiv(width, block_n))](

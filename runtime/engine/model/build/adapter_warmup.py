@@ -14,6 +14,7 @@ from runtime.engine.kernels.adapters import (
     token_chunks,
     zero_upload,
 )
+from runtime.engine.kernels.scratch import Scratch
 
 _SIZES = ((1, 1), (16, 16), (FEW_TOKENS, 17), (2 * FEW_TOKENS, 17))  # tokens and chunks of each tiling
 
@@ -46,12 +47,15 @@ class AdapterWarmup:
         self, bank: AdapterBank, dtype: torch.dtype, activation: Activation | None, in_features: int, out_features: int
     ) -> None:
         device, upload = self._device, zero_upload(self._device)
+        scratch = Scratch.allocate(device)
         for num_tokens, num_chunks in _SIZES:
             x = torch.zeros((min(num_tokens, self._max_tokens), in_features), dtype=dtype, device=device)
             chunks = token_chunks(upload, len(x), 0, num_chunks)
             for count in range(1, MAX_MODULES + 1):
                 y = torch.zeros((len(x), count * out_features), dtype=dtype, device=device)
                 widths = [out_features] * count
-                add_adapters(y, x, chunks, bank.table, first_module=0, widths=widths)
+                add_adapters(y, x, chunks, bank.table, first_module=0, widths=widths, scratch=scratch)
                 if activation is not None and y.shape[1] % 2 == 0 and count < MAX_MODULES:
-                    add_adapters_gated(y, x, chunks, bank.table, activation, first_module=0, widths=widths)
+                    add_adapters_gated(
+                        y, x, chunks, bank.table, activation, first_module=0, widths=widths, scratch=scratch
+                    )

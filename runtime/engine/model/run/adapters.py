@@ -25,20 +25,34 @@ class AdapterSite:
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """Where adapters' work runs beside the base's own products in a CUDA graph: a stream, and memory that no product uses."""
+
+    stream: "torch.cuda.Stream"
+    scratch: Scratch
+
+    @staticmethod
+    def create(device: torch.device) -> "Beside":
+        return Beside(
+            torch.cuda.Stream(device), Scratch.allocate(device, partial_elements=1 << 22, num_counters=1 << 10)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class StepAdapters:
     """The adapters of a step in which at least one row has one.
 
     Attributes:
         chunks: the tokens grouped by adapter.
         num_tokens: of the step, padding included.
-        beside: a stream for what may run beside the base's own products in a CUDA graph; None on a CPU.
+        beside: where work may run beside the base's own products in a CUDA graph; None on a CPU.
         of_samples: the same for the tokens whose logits are computed, once all others are dropped; None = none may be dropped.
     """
 
     chunks: Chunks
     table: AdapterTable
     num_tokens: int
-    beside: "torch.cuda.Stream | None" = None
+    beside: Beside | None = None
     of_samples: "StepAdapters | None" = None
 
     def around(self, site: AdapterSite, x: Tensor, product: Callable[[], Tensor], scratch: Scratch | None) -> Tensor:
@@ -86,17 +100,17 @@ class StepAdapters:
         return adapters.expand_gated(y, shrunk, self.chunks, self.table, activation, site.first_module, site.widths)
 
     def _beside(
-        self, stream: "torch.cuda.Stream", site: AdapterSite, x: Tensor, product: Callable[[], Tensor]
+        self, beside: Beside, site: AdapterSite, x: Tensor, product: Callable[[], Tensor]
     ) -> "tuple[Tensor, Shrunk]":
-        """Return the base's own product and the shrunk `x`, which was computed on `stream` meanwhile."""
+        """Return the base's own product and the shrunk `x`, which was computed `beside` it."""
         from runtime.engine.kernels.gpu import adapters
 
         main = torch.cuda.current_stream(x.device)
-        stream.wait_stream(main)
-        with torch.cuda.stream(stream):  # without the scratch, which the product uses
-            shrunk = adapters.shrink(x, self.chunks, self.table, site.first_module, len(site.widths))
+        beside.stream.wait_stream(main)
+        with torch.cuda.stream(beside.stream):
+            shrunk = adapters.shrink(x, self.chunks, self.table, site.first_module, len(site.widths), beside.scratch)
         y = product()
-        main.wait_stream(stream)
+        main.wait_stream(beside.stream)
         return y, shrunk
 
     def _check(self, x: Tensor) -> None:

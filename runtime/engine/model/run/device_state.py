@@ -10,6 +10,7 @@ import torch
 from runtime.config.schema import EngineConfig
 from runtime.engine.kernels.scratch import Scratch
 from runtime.engine.kernels.step_inputs import StepInputs
+from runtime.engine.model.run.adapters import Beside
 from runtime.engine.model.run.cuda_graphs import GraphPool
 from runtime.engine.model.run.input_buffers import InputRing
 from runtime.engine.model.run.result_ring import ResultRing
@@ -22,7 +23,7 @@ class DeviceState:
 
     Attributes:
         drawn: [max_rows] int64, the tokens drawn in the running step, in the order of the rows that sample.
-        beside: a stream for work that runs beside the pass in a CUDA graph; None on a CPU.
+        beside: where adapters' work runs beside the base's products in a CUDA graph; None on a CPU.
     """
 
     device: torch.device
@@ -35,7 +36,7 @@ class DeviceState:
     results: ResultRing
     graphs: GraphPool
     scratch: Scratch | None
-    beside: torch.cuda.Stream | None
+    beside: Beside | None
 
     @staticmethod
     def create(device: torch.device, config: EngineConfig) -> "DeviceState":
@@ -54,5 +55,5 @@ class DeviceState:
             ResultRing(device, config.max_rows),
             GraphPool(device, enabled=on_gpu and config.graphs, collective=config.tensor_parallel > 1),
             Scratch.allocate(device) if on_gpu else None,
-            torch.cuda.Stream(device) if on_gpu else None,
+            Beside.create(device) if on_gpu else None,
         )
