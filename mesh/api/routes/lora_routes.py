@@ -1,6 +1,9 @@
 """Serves vLLM's routes that load and unload LoRA adapters, which register and remove an adapter's name."""
 
+import re
+from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -16,6 +19,7 @@ from mesh.registry.registry import Registry
 from mesh.types import ModelStatus
 
 _BODY_BYTES = 64 * 1024
+_UNSAFE = re.compile(r"[^\w.\-]", re.ASCII)
 
 
 class _Load(msgspec.Struct, frozen=True):
@@ -52,7 +56,8 @@ class LoraRoutes:
 
     async def load(self, request: web.Request) -> web.Response:
         """Register an adapter and load it, then respond. A name that this call registered is removed again if the load fails."""
-        asked = decode(await read_body(request, _BODY_BYTES), _Load)
+        body = await read_body(request, _BODY_BYTES)
+        asked = decode(body, _Load)
         name = asked.lora_name
         if not name or not asked.lora_path:
             return _refusal("Both 'lora_name' and 'lora_path' must be provided.")
@@ -78,7 +83,9 @@ class LoraRoutes:
             if known is None:
                 await self._registrar.remove(name)
             raise LoadFailed(status.errors[0] if status.errors else "it could not be loaded", model=name)
-        return web.Response(text=f"Success: LoRA adapter '{name}' added successfully.")
+        return web.Response(
+            text=f"Success: LoRA adapter '{name}' added successfully.", headers=_warning(decode(body, dict[str, Any]))
+        )
 
     async def unload(self, request: web.Request) -> web.Response:
         """Remove an adapter's name and unload its copies, then respond."""
@@ -101,6 +108,12 @@ class LoraRoutes:
             and (named.name == named.model_id or belongs_to(named.target_id, named.name))
             and current_caller().may_use(named.name)
         ]
+
+
+def _warning(fields: Mapping[str, object]) -> dict[str, str]:
+    """Return the header that names the fields of a load which have no effect."""
+    unknown = [_UNSAFE.sub("?", name)[:64] for name in fields if name not in _Load.__struct_fields__]
+    return {"Warning": f'299 repertory "unknown fields were ignored: {", ".join(unknown[:16])}"'} if unknown else {}
 
 
 def _refusal(message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> web.Response:

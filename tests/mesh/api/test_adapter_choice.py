@@ -200,3 +200,13 @@ async def test_adapter_is_loaded_as_soon_as_its_base_is_registered_again(pod: Ru
 async def test_refused_fields_are_named(pod: RunningPod, fields: dict[str, Any], param: str) -> None:
     status, answer, _ = await pod.chat("base", **fields)
     assert (status, answer["error"]["param"]) == (400, param)
+
+
+async def test_load_lora_adapter_names_the_fields_that_it_ignores(pod: RunningPod) -> None:
+    body = {"lora_name": "poems", "lora_path": "/adapters/poems", "base_model_name": "base"}
+    warnings = []
+    for fields in ({}, {"load_inplace": True, 'is "3d"': True}):
+        async with pod.http.post("/v1/load_lora_adapter", json={**body, **fields}) as answer:
+            assert answer.status == 200, await answer.text()
+            warnings.append(answer.headers.get("Warning"))
+    assert warnings == [None, '299 repertory "unknown fields were ignored: is??3d?"']
