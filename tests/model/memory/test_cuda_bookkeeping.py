@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from runtime.engine.interfaces import KvGeometry
 from runtime.engine.memory.arena_index import ArenaIndex
 from runtime.engine.memory.cuda import CudaError, CudaMemory, CudaRange
 from runtime.engine.memory.cuda_model import CudaModelMemory
 from runtime.engine.memory.host_tier import HostTier
-from runtime.engine.model.build.builder import assemble, draw
+from runtime.engine.model.build.builder import Blueprint, assemble, draw
 from runtime.engine.model.build.equivalence_check import EquivalenceChecker
 from runtime.engine.model.run.kv_geometry import kv_geometry
 from tests.support.cuda_device import CheckedDriver, Device
@@ -200,6 +201,24 @@ def test_range_that_cannot_be_made_leaves_no_addresses(memory: CudaMemory, devic
     device.failing = lambda call: None
 
 
+def staged(
+    memory: CudaMemory, streams: tuple[Any, Any], arena: HostTier, blueprint: Blueprint, kv: KvGeometry
+) -> CudaModelMemory:
+    """Return a model's memory, whose weights are in the arena if they have room there. `streams`: of copies of weights and of KV."""
+    taken = CudaModelMemory(
+        memory,
+        *streams,
+        arena,
+        memory.reserve(-(-blueprint.layout.size_bytes // SLAB)),
+        memory.reserve(16),
+        kv,
+        blueprint.filler,
+        blueprint.identity,
+    )
+    taken.stage(threading.Event())
+    return taken
+
+
 @pytest.mark.parametrize("arena_slabs", [48, 0])
 def test_swap_in_reads_the_arena_or_the_disk(
     memory: CudaMemory, device: Device, tmp_path: Path, arena_slabs: int
@@ -210,18 +229,7 @@ def test_swap_in_reads_the_arena_or_the_disk(
     kv = kv_geometry("m", blueprint.shape, 16, 4, SLAB, 16)
     weight_slabs = -(-blueprint.layout.size_bytes // SLAB)
     stream: Any = device.stream()
-    taken = CudaModelMemory(
-        memory,
-        stream,
-        device.stream(),  # type: ignore[arg-type]
-        arena,
-        memory.reserve(weight_slabs),
-        memory.reserve(16),
-        kv,
-        blueprint.filler,
-        blueprint.identity,
-    )
-    taken.stage(threading.Event())
+    taken = staged(memory, (stream, device.stream()), arena, blueprint, kv)
     assert (taken.host_bytes() > 0) == (arena_slabs > 0)
     built = assemble(blueprint, taken.weights_view, taken.kv_view, kv, torch.float32, taken)
     hardware: Any = None
@@ -265,18 +273,7 @@ def test_host_image_is_held_from_the_moment_it_is_found(memory: CudaMemory, devi
     arena = HostTier(torch.zeros(weight_slabs * SLAB, dtype=torch.uint8), SLAB, ArenaIndex(""))
     kv = kv_geometry("m", blueprint.shape, 16, 4, SLAB, 16)
     stream: Any = device.stream()
-    taken = CudaModelMemory(
-        memory,
-        stream,
-        device.stream(),  # type: ignore[arg-type]
-        arena,
-        memory.reserve(weight_slabs),
-        memory.reserve(16),
-        kv,
-        blueprint.filler,
-        blueprint.identity,
-    )
-    taken.stage(threading.Event())
+    taken = staged(memory, (stream, device.stream()), arena, blueprint, kv)
     found: Any = arena.find
 
     def find(*arguments: Any) -> Any:
@@ -304,18 +301,7 @@ def test_saved_kv_returns_to_other_places(memory: CudaMemory, device: Device, tm
     arena = HostTier(torch.zeros((weight_slabs + 1) * SLAB, dtype=torch.uint8), SLAB, ArenaIndex(""))
     kv = kv_geometry("m", blueprint.shape, 4, 4, SLAB, 16)
     copies, kv_copies = device.stream(), device.stream()
-    taken = CudaModelMemory(
-        memory,
-        copies,  # type: ignore[arg-type]
-        kv_copies,  # type: ignore[arg-type]
-        arena,
-        memory.reserve(weight_slabs),
-        memory.reserve(16),
-        kv,
-        blueprint.filler,
-        blueprint.identity,
-    )
-    taken.stage(threading.Event())
+    taken = staged(memory, (copies, kv_copies), arena, blueprint, kv)
     free_bytes = arena.free_bytes()
 
     def drain() -> None:
