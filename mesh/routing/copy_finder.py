@@ -114,6 +114,8 @@ class CopyFinder:
         ]
 
     def _note_chosen(self, model_id: str, chosen_id: str, pod_ids: tuple[str, ...], local_only: bool) -> None:
+        if self._health.is_clean:
+            return
         if not local_only and self._health.is_ejected(model_id, chosen_id, time.monotonic()):
             self._all_ejected(model_id, frozenset(pod_ids))
         self._health.chosen(model_id, chosen_id)

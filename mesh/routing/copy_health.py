@@ -75,6 +75,12 @@ class CopyHealth:
     def __init__(self) -> None:
         self._records: dict[str, dict[str, CopyRecord]] = {}
         self._pods: dict[str, CopyRecord] = {}
+        self._failing: set[tuple[str, str]] = set()  # copies whose last request has failed, by model and pod
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether the last requests to all copies and pods have been answered, so that none is ejected or probed."""
+        return not self._failing and not self._pods
 
     def record(self, attempt: Attempt) -> None:
         """Take the outcome of an attempt into account."""
@@ -87,12 +93,14 @@ class CopyHealth:
             self._pods.pop(pod_id, None)
             if attempt.target.is_loaded:
                 known[pod_id] = before.answered(attempt.waited_s, now_s)
+                self._failing.discard((attempt.model_id, pod_id))
         elif outcome is Outcome.FAILED or (
             outcome is Outcome.ABANDONED
             and attempt.target.is_loaded
             and attempt.waited_s >= max(_MIN_PATIENCE_S, 2 * before.latency_s)
         ):
             known[pod_id] = before.failed(now_s)
+            self._failing.add((attempt.model_id, pod_id))
             self._pods[pod_id] = self._pods.get(pod_id, _NEW).failed(now_s)
         if not known:
             del self._records[attempt.model_id]
@@ -117,4 +125,5 @@ class CopyHealth:
                 records[instance_id] = record.probed(now_s)
 
     def forget(self, model_id: str) -> None:
-        self._records.pop(model_id, None)
+        for pod_id in self._records.pop(model_id, {}):
+            self._failing.discard((model_id, pod_id))
