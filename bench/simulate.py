@@ -129,6 +129,8 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=shape.num_models)
     parser.add_argument("--seconds", type=float, default=shape.seconds)
     parser.add_argument("--rate", type=float, default=shape.rate)
+    parser.add_argument("--warmup", type=float, default=shape.warmup_s, help="seconds before the measured ones")
+    parser.add_argument("--failure-every", type=float, default=shape.failure_every_s, help="seconds between lost pods")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--four-pods", action="store_true")
@@ -136,7 +138,14 @@ def main() -> None:
     if asked.four_pods:
         compare_four_pods()
         return
-    shape = Shape(num_pods=asked.pods, num_models=asked.models, seconds=asked.seconds, rate=asked.rate)
+    shape = Shape(
+        num_pods=asked.pods,
+        num_models=asked.models,
+        seconds=asked.seconds,
+        rate=asked.rate,
+        warmup_s=asked.warmup,
+        failure_every_s=asked.failure_every,
+    )
     print("policy", *(column.name for column in _COLUMNS), sep=" | ")
     series = []
     for name, policy in _POLICIES.items():
