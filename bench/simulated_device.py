@@ -264,6 +264,9 @@ class _Runner:
     def has_graph(self, bucket: Bucket) -> bool:
         return self._graphs.has(bucket)
 
+    def is_prepared(self) -> bool:
+        return True
+
     def capture(self, bucket: Bucket, *, record: bool) -> None:
         self._graphs.capture(bucket, record=record)
 

@@ -163,6 +163,9 @@ class Runner(Protocol):
     def has_graph(self, bucket: Bucket) -> bool:
         """Whether a step of this bucket would replay a graph."""
 
+    def is_prepared(self) -> bool:
+        """Whether idle turns have done what speeds up a first request."""
+
     def capture(self, bucket: Bucket, *, record: bool) -> None:
         """Run the bucket once or, if `record`, record its graph. A failure only leaves the bucket without a graph."""
 
@@ -223,10 +226,7 @@ class HostKvMemory(Protocol):
 
 
 class ModelMemory(Protocol):
-    """One loaded model's ranges in device memory.
-
-    Slab ids are those of the device's pool, which decides which model holds which slab.
-    """
+    """One loaded model's ranges in device memory. Slab ids are those of the device's pool, which decides which model holds which slab."""
 
     weight_slabs: int
     weight_bytes: int
@@ -381,8 +381,7 @@ class LoadJob(Protocol):
     def done(self) -> bool: ...
 
     def result(self) -> LoadResult:
-        """Return the model, or raise the load's RepertoryError. If the load completes despite cancellation, the caller must close the model, in the engine
-        thread, which owns the graphs."""
+        """Return the model, or raise the load's RepertoryError. A load that completes despite cancellation must be closed, in the engine thread."""
 
     def cancel(self) -> None:
         """Stop as soon as possible and leave nothing behind."""

@@ -96,6 +96,9 @@ class FakeRunner:
     def has_graph(self, bucket: Bucket) -> bool:
         return False
 
+    def is_prepared(self) -> bool:
+        return not any(capture.model_id == self.facts.model_id for capture in self._backend.captures)
+
     def capture(self, bucket: Bucket, *, record: bool) -> None:
         self._backend.captured.append(GraphCapture(self.facts.model_id, bucket, record))
 

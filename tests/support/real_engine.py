@@ -59,7 +59,7 @@ def run_engine(
         drafter,
     )
     inbox.put(Load("m", checkpoint))
-    while not loop.table.models:
+    while not any(isinstance(event, Loaded) for event in events):
         loop.turn()
         assert not any(isinstance(event, LoadFailed) for event in events), events
     path = next(event.facts.path for event in events if isinstance(event, Loaded))

@@ -237,9 +237,13 @@ class OperationExecutor:
         """Note which model a crash from now on must be attributed to; "" for none."""
         self._mark(model_id)
 
-    def run_idle_work(self) -> bool:
+    def is_prepared(self, model_id: str) -> bool:
+        """Return whether idle work has done for a model what speeds up its first request."""
+        return self._models[model_id].runner.is_prepared()
+
+    def run_idle_work(self, *, may_capture: bool = True) -> bool:
         """Do one piece of the backend's background work. Returns whether there was one."""
-        capture = self._backend.next_capture()
+        capture = self._backend.next_capture() if may_capture else None
         if capture is not None:
             self.apply(CaptureGraph(*capture))
             self._backend.settle()

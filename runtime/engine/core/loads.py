@@ -1,14 +1,21 @@
-"""Loads and unloads: at most one load per model at a time, and one answer, in order, for every Load and Unload."""
+"""Loads and unloads: at most one load per model at a time, and one answer, in order, for every Load and Unload.
+
+A load is answered when its model can serve a first request at once: the weights that have begun to come to the device are there, and idle turns have
+captured the graphs of such a request.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from runtime.engine.core.loaded_model import LoadedModel
 from runtime.engine.core.model_table import ModelTable
 from runtime.engine.operations import StartLoad
 from runtime.errors import ModelTooLarge, RepertoryError
 from runtime.ipc.messages import Load, Loaded, LoadFailed, Unload, Unloaded
 from runtime.types import FinishReason, ModelFacts
+
+_LONGEST_PREPARATION_S = 2.0
 
 L = TypeVar("L")  # what a load brings
 R = TypeVar("R")  # what it is registered as
@@ -24,6 +31,15 @@ class _Pending:
     later: list[Load | Unload] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class _Preparing:
+    """A loaded model whose load is not answered. `due_s`: when it is, prepared or not."""
+
+    pending: _Pending
+    model: LoadedModel
+    due_s: float
+
+
 @dataclass(slots=True)
 class Loads:
     """`collect_all_of` collects the steps of a model that are in flight, which must come before its unload."""
@@ -31,12 +47,14 @@ class Loads:
     table: ModelTable
     collect_all_of: Callable[[str], None]
     _pending: dict[str, _Pending] = field(default_factory=dict)
+    _preparing: dict[str, _Preparing] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self._pending)
+        return len(self._pending) + len(self._preparing)
 
     def load(self, request: Load, now: float) -> None:
         model_id = request.model_id
+        self._end_preparation(model_id)
         pending = self._pending.get(model_id)
         if pending is not None:
             if not pending.cancelled and pending.request == request:
@@ -54,6 +72,7 @@ class Loads:
         self._start(request)
 
     def unload(self, model_id: str, now: float) -> None:
+        self._end_preparation(model_id)
         pending = self._pending.get(model_id)
         if pending is not None:
             self._cancel(pending, "it was unloaded while it loaded")
@@ -62,8 +81,9 @@ class Loads:
         self._unregister(model_id, now)
         self.table.emit(Unloaded(model_id))
 
-    def poll(self, now: float) -> None:
-        """Register the models whose loads have finished, and answer."""
+    def poll(self, now: float) -> bool:
+        """Register the models whose loads have finished, and answer. Returns whether a load ended."""
+        before = len(self)
         for model_id, pending in [(m, p) for m, p in self._pending.items() if self.table.executor.load_is_done(m)]:
             del self._pending[model_id]
             self._finish(pending, now)
@@ -72,6 +92,9 @@ class Loads:
                     self.load(command, now)
                 else:
                     self.unload(model_id, now)
+        for model_id in [model_id for model_id, one in self._preparing.items() if self._is_prepared(one, now)]:
+            self._end_preparation(model_id)
+        return len(self) != before
 
     def stop(self) -> None:
         """Cancel all loads and wait for them, because the engine ends."""
@@ -88,6 +111,7 @@ class Loads:
                 continue  # the load was cancelled or failed, and holds nothing
             executor.unload(model_id)
         self._pending.clear()
+        self._preparing.clear()
 
     def _start(self, request: Load) -> None:
         size_bytes = request.checkpoint.weight_bytes
@@ -124,7 +148,24 @@ class Loads:
             self.table.unregister(model, FinishReason.ERROR, now)
             self._fail(pending.answers, _reason(request.model_id, failure))
             return
-        self._answer(pending, model.facts)
+        self._preparing[request.model_id] = _Preparing(pending, model, now + _LONGEST_PREPARATION_S)
+
+    def _is_prepared(self, preparing: _Preparing, now: float) -> bool:
+        model = preparing.model
+        # A model for which there is no memory now is prepared when it comes to the device.
+        if now >= preparing.due_s or not model.resident:
+            return True
+        # While another model has work, no idle turn comes.
+        models = self.table.models.values()
+        return not model.swapping and (
+            self.table.executor.is_prepared(model.model_id) or any(other.has_work() for other in models)
+        )
+
+    def _end_preparation(self, model_id: str) -> None:
+        """Answer the loads of a model that is being prepared, unless the model was found broken, which was reported."""
+        preparing = self._preparing.pop(model_id, None)
+        if preparing is not None and self.table.models.get(model_id) is preparing.model:
+            self._answer(preparing.pending, preparing.model.facts)
 
     def _finish_adapter(self, pending: _Pending, now: float) -> None:
         request, executor = pending.request, self.table.executor

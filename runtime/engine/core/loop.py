@@ -31,6 +31,7 @@ from runtime.types import FinishReason
 _STATS_EVERY_S = 1.0
 _POLL_S = 0.005  # between looks at loads and swap-ins while the engine is idle
 _GRAMMAR_POLL_S = 0.001  # a grammar is made in milliseconds
+_PAUSE_S = 0.02  # A client's next request comes sooner than this after an answer, and would wait for a capture.
 _WAITED = 1.25  # a step that took at most so many times as long as the weights that it waited for says nothing about computing
 _FAULTS = 2  # failed steps in a row after which a model is unloaded
 
@@ -93,6 +94,7 @@ class EngineLoop:
         self._commands = Commands(self.table, self._loads, self._round_robin, mask_sources)
         self._flights: deque[Flight] = deque()
         self._stats_due_s = 0.0
+        self._worked_s = 0.0
         self._reported_busy = False
         self._reported_changes = 0
         self.done = False
@@ -114,7 +116,7 @@ class EngineLoop:
         now = self._clock()
         worked = self._take_commands(now)
         if len(self._loads):
-            self._loads.poll(now)
+            worked |= self._loads.poll(now)
         self._commands.poll(now)
         self._update_residency(now)
         while self._flights and self._flights[0].launched.ready():
@@ -130,6 +132,8 @@ class EngineLoop:
         if self._config.debug_checks:
             self.table.check()
         idle = not (worked or launched)
+        if not idle:
+            self._worked_s = self._clock()
         # Report the idle state at once, so that a query after the last answer does not see a running model.
         if (
             self.table.num_changes != self._reported_changes
@@ -315,13 +319,14 @@ class EngineLoop:
             m.scheduler.sequences() for m in self.table.models.values()
         )
 
-    def idle(self) -> bool:
+    def idle(self, *, may_capture: bool = True) -> bool:
         """Do one piece of background work of the device, such as a graph capture. Returns whether there was one."""
         # Capturing a graph takes milliseconds, and a grammar that is being made is there sooner.
-        return not self._commands.num_opening and self._executor.run_idle_work()
+        return not self._commands.num_opening and self._executor.run_idle_work(may_capture=may_capture)
 
     def _wait(self) -> None:
-        if self.idle():
+        pause_s = self._worked_s + _PAUSE_S - self._clock()
+        if self.idle(may_capture=pause_s <= 0):
             return
         models = self.table.models.values()
         swapping = next((m.model_id for m in models if m.swapping), "")
@@ -331,6 +336,7 @@ class EngineLoop:
             timeout_s = _GRAMMAR_POLL_S
         else:
             timeout_s = _POLL_S if soon else max(_POLL_S, self._stats_due_s - self._clock())
+            timeout_s = timeout_s if pause_s <= 0 else min(timeout_s, pause_s)
         try:
             command = self._inbox.get(timeout=timeout_s)
         except queue.Empty:

@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.setswitchinterval(0.001)
+    sys.setswitchinterval(0.0001)
     connection = socket.socket(fileno=options.socket)
     config = msgspec.json.decode(options.config, type=EngineConfig)
     return run(connection, Shard(options.rank, options.size), options.rendezvous, config)

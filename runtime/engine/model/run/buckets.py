@@ -46,7 +46,7 @@ def standard() -> tuple[Bucket, ...]:
     few = [_mixed(tokens, MIXED_ROWS[0]) for tokens in MIXED_TOKENS if tokens > _ANY_ROWS_TOKENS]
     wide = [_decode(rows, _WIDE_CONTEXT) for rows in _WIDE_ROWS]
     wide += [_mixed(tokens, MIXED_ROWS[-1]) for tokens in _WIDE_TOKENS]
-    # First a single request and what covers most other steps, then a single prompt of up to 384 tokens, then many that arrive one after another.
+    # First what a model's first request needs and what covers most other steps, then a single prompt of up to 384 tokens, then many that arrive one after another.
     first = (likely[0], wide[2], wide[0], wide[4], many[2], few[0], few[2], few[3])
     return tuple(dict.fromkeys((*first, *many, *few[:4], *wide, *likely, *few, *others)))
 

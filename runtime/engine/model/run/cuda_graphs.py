@@ -26,6 +26,7 @@ from itertools import zip_longest
 import torch
 
 from runtime.engine.interfaces import Bucket, GraphCapture, GraphChoice
+from runtime.engine.model.run.alias import alias
 from runtime.engine.model.run.buckets import covers
 
 _LOG = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ EAGER_USES = 4  # A capture takes as long as two or three eager steps.
 COVERED_USES = 32  # It takes as long as the padding of about this many steps in another bucket's graph.
 POOL_LIMIT_BYTES = 2 << 30
 _LARGEST_GRAPH_BYTES = 512 << 20  # Memory beyond this was taken by another process during the capture.
+_NUM_FIRST = 2  # likely buckets that a model's first request needs
 LIKELY_SHARE = 0.5  # share of the limit that graphs of likely buckets, and of buckets with a cover, may use
 
 
@@ -221,7 +223,7 @@ class ModelGraphs:
         self._blank = blank
         self._run = run
         self._ready = ready
-        self._likely = list(likely)
+        self._likely, self._first = list(likely), tuple(likely[:_NUM_FIRST])
         self._graphs: dict[Bucket, StepGraph] = {}  # least recently used first
         # buckets without a graph → the smallest one whose graph may run their steps
         self._covers: dict[Bucket, Bucket | None] = {}
@@ -244,6 +246,11 @@ class ModelGraphs:
         """Return the first likely bucket without a graph whose kernels are compiled, or None."""
         self._likely = [bucket for bucket in self._likely if bucket not in self._graphs]
         return next(filter(self.compiled, self._likely), None)
+
+    def is_prepared(self) -> bool:
+        """Whether the first likely buckets have graphs, or will have none."""
+        missing = any(bucket not in self._graphs for bucket in self._first)
+        return not missing or self._refused or not self._pool.enabled or not self._pool.has_spare
 
     def choose(self, bucket: Bucket, wide: Bucket | None = None) -> GraphChoice:
         """Count a use of `bucket`, and choose how its step runs. `wide`: covers it and other buckets; captured instead if memory is short."""
@@ -377,23 +384,3 @@ class ModelGraphs:
         self._refused = True
         # These are bound methods of the runner. The cycle would keep the runner alive until a full garbage collection.
         del self._run, self._blank, self._ready
-
-
-class _Alias:
-    """Presents a tensor's memory to `torch.as_tensor` without owning it."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (tensor.numel() * tensor.element_size(),),
-            "typestr": "|u1",
-            "data": (tensor.data_ptr(), False),
-            "version": 3,
-        }
-
-
-def alias(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a view of the memory that does not own it, if `tensor` is contiguous, so that the pool may reuse the memory for other graphs."""
-    if not tensor.is_contiguous():
-        return tensor
-    flat = torch.as_tensor(_Alias(tensor), device=tensor.device)
-    return flat.view(tensor.dtype).view(tensor.shape)

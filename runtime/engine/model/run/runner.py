@@ -99,6 +99,9 @@ class ModelRunner:
     def has_graph(self, bucket: Bucket) -> bool:
         return self._graphs.find(bucket) is not None
 
+    def is_prepared(self) -> bool:
+        return self._graphs.is_prepared()
+
     @torch.inference_mode()
     def capture(self, bucket: Bucket, *, record: bool) -> None:
         self._graphs.capture(bucket, record=record)

@@ -16,7 +16,7 @@ def stage_of(*, swap_polls: int, host_slabs: int = 0) -> Stage:
     for name in specs:
         stage.load(name)
     stage.until_quiet()
-    assert stage.loaded() == ["a", "b"]
+    assert sorted(stage.loaded()) == ["a", "b"]
     for name in ("b", "a"):
         ask(stage, name, [9])
         stage.turn(swap_polls + 10)
