@@ -15,6 +15,8 @@ from runtime.interfaces import ServedModel
 from runtime.observability.metrics import RuntimeMetrics
 from tests.support.scripted_engine import Directory, ScriptedEngine
 
+TEXT = "The dog sleeps."  # what the shared server's engine answers
+
 
 @dataclass(frozen=True)
 class Server:
@@ -64,3 +66,8 @@ async def events(http: aiohttp.ClientSession, server: Server, path: str, body: A
     blocks = text.split("\n\n")
     assert blocks[-2:] == ["data: [DONE]", ""]
     return [msgspec.json.decode(block.removeprefix("data: ")) for block in blocks[:-2]]
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    """Return the body of a chat request to `m1`."""
+    return {"model": "m1", "messages": [{"role": "user", "content": "hi"}], **fields}

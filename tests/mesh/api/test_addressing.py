@@ -1,13 +1,11 @@
 """How a gRPC call names its model: headers, binary headers, fields of the message, vmodels, and what is refused."""
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
 import grpc.aio
 import pytest
 
-from tests.support.envoy import MODES, loaded_in
 from tests.support.fake_runtime import Switches
 from tests.support.pods import RunningPod, code_of, running_pod
 from wire.fmaas import generation_pb2 as fmaas
@@ -15,20 +13,6 @@ from wire.inference import grpc_predict_v2_pb2 as oip
 from wire.inference.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 
 FOR_M = (("mm-model-id", "m"),)
-
-
-@pytest.fixture
-async def pod(tmp_path: Path) -> AsyncIterator[RunningPod]:
-    async with running_pod(tmp_path / "pod", failure_expiry_s=0.2) as running:
-        await running.register("m")
-        yield running
-
-
-@pytest.fixture(params=MODES)
-async def either(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[RunningPod]:
-    """A pod with a loaded model, which its callers reach directly, through Envoy or through workers."""
-    async with loaded_in(request.param, tmp_path / "pod", failure_expiry_s=0.2) as running:
-        yield running
 
 
 @pytest.mark.parametrize(

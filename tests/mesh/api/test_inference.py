@@ -1,7 +1,6 @@
 """A pod over a fake runtime: gRPC pass-through by model name."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
@@ -10,27 +9,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.support.envoy import MODES, loaded_in
 from tests.support.pods import RunningPod, code_of, running_pod
 from tests.support.waiting import until
 from wire.inference import grpc_predict_v2_pb2 as oip
 from wire.inference.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 
 FOR_M = (("mm-model-id", "m"),)
-
-
-@pytest.fixture
-async def pod(tmp_path: Path) -> AsyncIterator[RunningPod]:
-    async with running_pod(tmp_path / "pod", failure_expiry_s=0.2) as running:
-        await running.register("m")
-        yield running
-
-
-@pytest.fixture(params=MODES)
-async def either(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[RunningPod]:
-    """A pod with a loaded model, which its callers reach directly, through Envoy or through workers."""
-    async with loaded_in(request.param, tmp_path / "pod", failure_expiry_s=0.2) as running:
-        yield running
 
 
 async def test_inference_unary_call_loads_the_model(pod: RunningPod) -> None:

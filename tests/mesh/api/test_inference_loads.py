@@ -1,33 +1,16 @@
 """gRPC calls of models that are not loaded: one load for all who wait, its failures, and the limits of waiting."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
 import grpc.aio
-import pytest
 
-from tests.support.envoy import MODES, loaded_in
 from tests.support.fake_runtime import MB, Switches
 from tests.support.pods import RunningPod, code_of, running_pod
 from tests.support.waiting import until
 
 FOR_M = (("mm-model-id", "m"),)
-
-
-@pytest.fixture
-async def pod(tmp_path: Path) -> AsyncIterator[RunningPod]:
-    async with running_pod(tmp_path / "pod", failure_expiry_s=0.2) as running:
-        await running.register("m")
-        yield running
-
-
-@pytest.fixture(params=MODES)
-async def either(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[RunningPod]:
-    """A pod with a loaded model, which its callers reach directly, through Envoy or through workers."""
-    async with loaded_in(request.param, tmp_path / "pod", failure_expiry_s=0.2) as running:
-        yield running
 
 
 async def test_inference_waiters_survive_an_unload_during_the_load(pod: RunningPod) -> None:

@@ -11,22 +11,11 @@ import pytest
 from common.model_key import ModelSettings
 from runtime.errors import Overloaded
 from runtime.interfaces import ServedModel
-from tests.support import tokenizers as tiny
 from tests.support.inference_server import Services, serve_grpc
 from tests.support.scripted_engine import ScriptedEngine, served
 from wire.inference import grpc_predict_v2_pb2 as pb
 
 TEXT = "The dog sleeps. END"
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.byte_level(tmp_path_factory.mktemp("m"))
-
-
-@pytest.fixture(scope="module")
-def model(model_dir: Path) -> ServedModel:
-    return served(model_dir, "m1")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +12,8 @@ import pytest
 from common.model_key import DefaultSampling, ModelSettings
 from runtime.config.schema import RuntimeConfig
 from runtime.interfaces import ServedModel
-from tests.support import tokenizers as tiny
-from tests.support.openai_server import Server, post, serve
+from tests.support.openai_server import Server, chat, post, serve
 from tests.support.scripted_engine import ScriptedEngine, served
-
-TEXT = "The dog sleeps."
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.byte_level(tmp_path_factory.mktemp("m"))
-
-
-@pytest.fixture(scope="module")
-def model(model_dir: Path) -> ServedModel:
-    return served(model_dir, "m1")
-
-
-@pytest.fixture
-async def server(model: ServedModel) -> AsyncIterator[Server]:
-    tokens = model.text.encode(TEXT, add_special_tokens=False)
-    async with serve(
-        ScriptedEngine(lambda asked: [*tokens, 0]), model, config=RuntimeConfig(http_max_body_bytes=200_000)
-    ) as found:
-        yield found
-
-
-@pytest.fixture
-async def http() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as found:
-        yield found
-
-
-def chat(**fields: Any) -> dict[str, Any]:
-    return {"model": "m1", "messages": [{"role": "user", "content": "hi"}], **fields}
 
 
 async def test_event_chunks_are_one_line_however_lines_are_split(http: aiohttp.ClientSession, server: Server) -> None:

@@ -25,11 +25,6 @@ CONFIG = RuntimeConfig(max_new_tokens=169)
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.byte_level(tmp_path_factory.mktemp("m"))
-
-
-@pytest.fixture(scope="module")
 def model(model_dir: Path) -> ServedModel:
     return served(model_dir, "m1", max_model_len=200)
 
