@@ -6,6 +6,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from common.addresses import check_free, parse_address
+from common.background_tasks import BackgroundTasks
 from mesh.access.access import Access
 from mesh.config.schema import MeshConfig
 from mesh.envoy.plan import Carrier
@@ -14,7 +15,6 @@ from mesh.placement.copies import LocalCopies
 from mesh.placement.copy_scaler import CopyScaler
 from mesh.placement.heartbeat import Heartbeat
 from mesh.placement.reaper import Reaper
-from mesh.pod.background import BackgroundTasks
 from mesh.pod.dynamic_settings import dynamic_settings
 from mesh.pod.envoy import PodEnvoy
 from mesh.pod.identity import Ports, check_addresses, default_instance_id, own_record

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from common.background_tasks import BackgroundTasks
 from mesh.placement.reaper import Reaper
-from mesh.pod.background import BackgroundTasks
 from tests.support.pods import running_pod
 
 
