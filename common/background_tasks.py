@@ -1,4 +1,4 @@
-"""Runs a pod's endless tasks, and notes when one of them fails."""
+"""Runs the endless tasks of a process, and notes when one of them fails."""
 
 import asyncio
 import logging
@@ -9,10 +9,10 @@ logger = logging.getLogger(__name__)
 
 
 class BackgroundTasks:
-    """Tasks that are to run as long as the pod.
+    """Tasks that are to run as long as the process.
 
     Attributes:
-        failed: set once a task has ended by an exception. The pod then lacks a part and must be started again.
+        failed: set once a task has ended by an exception. The process then lacks a part and must be started again.
     """
 
     def __init__(self) -> None:
@@ -35,5 +35,15 @@ class BackgroundTasks:
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("%s failed, so this pod ends: %r", task.get_name(), error, exc_info=error)
+            logger.error("%s failed, so this process ends: %r", task.get_name(), error, exc_info=error)
             self.failed.set()
+
+
+async def wait_for_any(*events: asyncio.Event) -> None:
+    """Return once one of `events` is set."""
+    waits = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()

@@ -23,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common import logs
 from common.addresses import check_free, parse_address
+from common.background_tasks import BackgroundTasks, wait_for_any
 from common.config import unknown_variables
 from common.errors import ConfigError
 from common.exit_status import CANNOT_START, USAGE
@@ -121,7 +122,10 @@ class Runtime:
         self._runner = http_runner(app, grace_s=config.grace_s)
 
     async def run(self, stop: asyncio.Event) -> int:
-        """Run until `stop` is set (0), the engine is given up (1) or can never start (CANNOT_START). Raises Unavailable if an address is taken."""
+        """Run until `stop` is set (0), the engine is given up or a task of the process fails (1), or the engine can never start (CANNOT_START).
+
+        Raises Unavailable if an address is taken.
+        """
         try:
             await self._listen()
         except BaseException:
@@ -133,13 +137,14 @@ class Runtime:
         gc.collect()
         gc.freeze()
         gc.set_threshold(20_000, 50, 50)
-        watching = asyncio.create_task(self._watch(stop))
+        tasks = BackgroundTasks()
+        tasks.start(self._watch(stop))
         log.info("listening on %s and %s", ", ".join(str(address) for address in self._addresses), self._http_address)
         try:
-            await stop.wait()
-            status = self._status()
+            await wait_for_any(stop, tasks.failed)
+            status = 1 if tasks.failed.is_set() else self._status()
         finally:
-            watching.cancel()
+            await tasks.cancel()
             await self._end()
         return status
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import uvloop
 
 from common import logs
+from common.background_tasks import wait_for_any
 from common.config import unknown_variables
 from common.errors import ConfigError
 from common.open_files import raise_open_files_limit
@@ -70,10 +71,7 @@ async def _serve(config: MeshConfig) -> int:
         gc.collect()
         gc.freeze()
         gc.set_threshold(20_000, 50, 50)
-        ends = [asyncio.create_task(event.wait()) for event in (asked_to_stop, pod.failed)]
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        for end in ends:
-            end.cancel()
+        await wait_for_any(asked_to_stop, pod.failed)
     finally:
         await pod.stop()
     return 1 if pod.failed.is_set() else 0

@@ -1,14 +1,11 @@
-"""A pod's endless tasks: one that fails ends the pod."""
+"""The endless tasks of a process: one that fails is noted."""
 
 import asyncio
 import logging
-from pathlib import Path
 
 import pytest
 
-from common.background_tasks import BackgroundTasks
-from mesh.placement.reaper import Reaper
-from tests.support.pods import running_pod
+from common.background_tasks import BackgroundTasks, wait_for_any
 
 
 async def _work(begun: asyncio.Event, error: Exception | None) -> None:
@@ -27,7 +24,7 @@ async def test_background_tasks_note_the_one_that_fails(caplog: pytest.LogCaptur
         tasks.start(_work(begun, KeyError("lost")))
         async with asyncio.timeout(5):
             await tasks.failed.wait()
-    assert "_work failed, so this pod ends: KeyError('lost')" in caplog.text
+    assert "_work failed, so this process ends: KeyError('lost')" in caplog.text
     await tasks.cancel()
 
 
@@ -38,10 +35,10 @@ async def test_background_tasks_that_are_cancelled_have_not_failed() -> None:
     assert not tasks.failed.is_set()
 
 
-async def test_pod_fails_with_one_of_its_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run(reaper: Reaper) -> None:
-        raise KeyError("lost")
-
-    monkeypatch.setattr(Reaper, "run", run)
-    async with running_pod(tmp_path / "pod", wait=False) as pod, asyncio.timeout(5):
-        await pod.pod.failed.wait()
+async def test_wait_for_any_ends_with_the_first_event() -> None:
+    late, early = asyncio.Event(), asyncio.Event()
+    waiting = asyncio.create_task(wait_for_any(late, early))
+    early.set()
+    async with asyncio.timeout(5):
+        await waiting
+    assert not late.is_set()

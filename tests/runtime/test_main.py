@@ -1,6 +1,7 @@
 """`python -m runtime` with the real engine and a tiny real model: up, load, answer, lose the engine, end in order."""
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -21,6 +22,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from common.exit_status import CANNOT_START
+from runtime.__main__ import Runtime
+from runtime.config.schema import EngineConfig, RuntimeConfig
+from runtime.observability.metrics import RuntimeMetrics
+from tests.support.engines import fake_command
 from tests.support.llama_checkpoints import tiny_llama
 from wire.mmesh import model_runtime_pb2 as spi
 from wire.mmesh.model_runtime_pb2_grpc import ModelRuntimeStub
@@ -183,6 +188,30 @@ async def services(channel: grpc.aio.Channel, version: str) -> set[str]:
     async for answer in method(iter([reflection_pb2.ServerReflectionRequest(list_services="")])):
         return {service.name for service in answer.list_services_response.service}
     raise AssertionError("no answer")
+
+
+async def test_main_ends_when_the_task_that_reports_its_state_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def update(metrics: RuntimeMetrics, groups: object, names: object) -> None:
+        raise KeyError("lost")
+
+    monkeypatch.setattr(RuntimeMetrics, "update", update)
+    config = RuntimeConfig(
+        listen=(f"unix:{tmp_path}/grpc.sock",),
+        http_listen=f"unix:{tmp_path}/http.sock",
+        cache_dir=str(tmp_path / "cache"),
+        grace_s=1.0,
+    )
+    runtime = Runtime(config, [EngineConfig()], command=fake_command())
+    thresholds = gc.get_threshold()
+    try:
+        async with asyncio.timeout(30):
+            assert await runtime.run(asyncio.Event()) == 1
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)
+    assert "Runtime._watch failed, so this process ends: KeyError('lost')" in caplog.text
 
 
 @pytest.mark.parametrize(
