@@ -60,6 +60,7 @@ def test_every_module_of_every_chunk_has_a_warp(num_tokens: int, most_chunks: in
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("in_features", "widths", "activation"),
