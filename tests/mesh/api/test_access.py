@@ -285,7 +285,9 @@ async def test_key_is_named_in_metrics_and_log_and_never_shown(
         pass
     with caplog.at_level(logging.DEBUG):
         assert await code_of(pod, "/test.Any/Echo", "narrow", "m") is grpc.StatusCode.PERMISSION_DENIED
-        assert await code_of(pod, "/test.Any/Echo", "inference", "m") is grpc.StatusCode.OK
+        metadata = (("mm-model-id", "m"), ("authorization", "Bearer inference"))
+        call = pod.server_stream("/test.Any/Echo")(b"", metadata=metadata, timeout=5)
+        assert await call.code() is grpc.StatusCode.OK
         async with pod.http.post("/v1/completions", json={"model": "m"}, headers={"x-api-key": "inference"}) as answer:
             assert answer.status == 200
         assert await status_of(pod, "GET", "/metrics", "inference") == 403
