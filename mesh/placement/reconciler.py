@@ -80,12 +80,13 @@ class Reconciler:
             logger.warning("this pod's copies stay in the registry: %s", error.message)
 
     def first_ready(self) -> None:
-        """Load the models that the registry lists for this pod from before its restart. The runtime is empty."""
-        mine = [
-            (model_id, record)
-            for model_id, record in self._registry.models.placed()
-            if self._own_id in record.instance_ids
-        ]
+        """Load the models that the registry lists for this pod from before its restart, and forget its failures. The runtime is empty."""
+        placed = self._registry.models.placed()
+        for model_id, record in placed:
+            # Their cause may have been mended, as by a larger disk.
+            if self._own_id in record.failed_in and not self._states.is_quarantined(model_id):
+                self._spawn(self._forget_failure(model_id))
+        mine = [(model_id, record) for model_id, record in placed if self._own_id in record.instance_ids]
         for model_id, record in sorted(mine, key=lambda item: item[1].last_used_ms, reverse=True):
             self._placement.load_locally(model_id, last_used_ms=record.last_used_ms, urgent=False)
 
@@ -102,6 +103,10 @@ class Reconciler:
                 self._spawn(self._note_weight(model.model_id, model.weight_bytes))
             elif copy is not None and copy.is_pending and model.state is CopyState.LOADING and not copy.prepared_s:
                 copy.prepared_s = time.monotonic()
+
+    async def _forget_failure(self, model_id: str) -> None:
+        with contextlib.suppress(StoreError):
+            await self._record_updates.clear_own_failure(model_id)
 
     async def _note_weight(self, model_id: str, weight_bytes: int) -> None:
         with contextlib.suppress(StoreError):

@@ -140,7 +140,7 @@ class RecordUpdates:
         await self._update(model_id, change)
 
     async def clear_own_failure(self, model_id: str) -> None:
-        """Forget this pod's failure, which is too old to matter."""
+        """Forget this pod's failure, which is too old to matter or precedes its restart."""
 
         def change(record: ModelRecord | None) -> ModelRecord | None:
             if record is None or self._own_id not in record.failed_in:

@@ -83,6 +83,16 @@ async def test_pod_loads_models_again_after_a_crash_and_none_after_an_orderly_en
         await until(lambda: "a" in pod.runtime.loaded)
 
 
+async def test_pod_that_is_started_again_forgets_its_failures(tmp_path: Path) -> None:
+    async with running_pod(tmp_path / "pod", switches=Switches(full_disk=True)) as pod:
+        await pod.register("a")
+        with pytest.raises(grpc.aio.AioRpcError, match="disk is full"):
+            await pod.echo("a")
+    async with running_pod(tmp_path / "pod") as pod:
+        await until(lambda: (record := pod.pod.registry.models.get("a")) is not None and not record.failed_in)
+        assert await pod.echo("a") == b"hi"
+
+
 async def _nothing() -> None:
     pass
 
