@@ -100,8 +100,7 @@ class Scheduler:
     def pending_tokens(self) -> int:
         """Return the known tokens that no step has computed: of running sequences and of the first waiting one."""
         head = self.waiting.head()
-        prompts = sum(len(sequence.tokens) - sequence.num_computed_tokens for sequence in self._prefill)
-        return len(self._decode) + prompts + (len(head.tokens) if head is not None else 0)
+        return len(self._decode) + self._prompt_tokens_left() + (len(head.tokens) if head is not None else 0)
 
     def lacks_block(self) -> bool:
         """Whether a row past its prompt needs another block for its next token."""
@@ -247,7 +246,8 @@ class Scheduler:
         if hits is None:
             return False
         self.waiting.discard(sequence)
-        queued = 0 if limits.kv_return is None else planned + self._unsettled_tokens()
+        launched = sum(step.plan.num_tokens for step in self._flying)
+        queued = planned + launched + self._prompt_tokens_left()
         self._running.open(sequence, hits, self._rules.suppressed(sequence), now, limits.kv_return, queued)
         self._prefill.append(sequence)
         if not sequence.first_token_sent:
@@ -260,10 +260,9 @@ class Scheduler:
             sequence.queued_s = now - sequence.arrived_s
         return True
 
-    def _unsettled_tokens(self) -> int:
-        """Return the tokens of launched steps, and those of prompts that no step has."""
-        launched = sum(step.plan.num_tokens for step in self._flying)
-        return launched + sum(len(sequence.tokens) - sequence.num_computed_tokens for sequence in self._prefill)
+    def _prompt_tokens_left(self) -> int:
+        """Return the tokens of running sequences' prompts that no step has."""
+        return sum(len(sequence.tokens) - sequence.num_computed_tokens for sequence in self._prefill)
 
     # Results and ends -----------------------------------------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ def test_loads_answer_every_command_in_order() -> None:
     made.load("bad")
     made.turn(5)
     assert [(f.code, "no config.json" in f.message) for f in made.failures()] == [("FAILED_PRECONDITION", True)]
-    made.load("a", max_model_len=50)  # another context: loaded anew
+    made.load("a", max_model_len=50)  # another context: loaded again
     made.turn(10)
     assert made.loop.table.models["a"].facts.max_model_len == 50
     made.unload("a")
