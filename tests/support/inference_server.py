@@ -18,6 +18,11 @@ from wire.fmaas import generation_pb2 as pb
 from wire.fmaas.generation_pb2_grpc import GenerationServiceStub
 from wire.inference.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 
+TEXT = (
+    "The first time I saw the movie, I was a little bit confused 🤖. The dog"  # what the shared server's engine answers
+)
+CONFIG = RuntimeConfig(max_new_tokens=169)
+
 
 @dataclass(frozen=True)
 class Services:

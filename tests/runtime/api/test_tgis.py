@@ -1,7 +1,6 @@
 """fmaas.GenerationService through its stubs: message sequences, stop reasons, seeds, details, limits and texts of errors."""
 
 import math
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
@@ -9,36 +8,12 @@ import grpc.aio
 import pytest
 
 from common.model_key import DefaultSampling, ModelSettings
-from runtime.config.schema import RuntimeConfig
 from runtime.interfaces import ServedModel
 from runtime.types import FinishReason
-from tests.support import tokenizers as tiny
-from tests.support.inference_server import Services, batch, generate, serve_grpc, single
+from tests.support.inference_server import CONFIG, TEXT, Services, batch, generate, serve_grpc, single
 from tests.support.scripted_engine import ScriptedEngine, served
 from tests.support.waiting import until
 from wire.fmaas import generation_pb2 as pb
-
-TEXT = "The first time I saw the movie, I was a little bit confused 🤖. The dog"
-
-
-CONFIG = RuntimeConfig(max_new_tokens=169)
-
-
-@pytest.fixture(scope="module")
-def model(model_dir: Path) -> ServedModel:
-    return served(model_dir, "m1", max_model_len=200)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    return served(tiny.sentencepiece(tmp_path_factory.mktemp("l")), "llama", max_model_len=200)
-
-
-@pytest.fixture
-async def services(model: ServedModel) -> AsyncIterator[Services]:
-    tokens = model.text.encode(TEXT, add_special_tokens=False)
-    async with serve_grpc(ScriptedEngine(lambda asked: [*tokens, 0]), model, config=CONFIG) as found:
-        yield found
 
 
 async def test_generate_batches_of_none_and_of_too_many(services: Services) -> None:

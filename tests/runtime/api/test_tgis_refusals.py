@@ -1,8 +1,6 @@
 """What fmaas.GenerationService refuses, with TGIS' texts, and how failures of the engine reach its callers."""
 
 import math
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -10,35 +8,10 @@ import grpc.aio
 import pytest
 
 from common.not_here import NOT_HERE_HEADER
-from runtime.config.schema import RuntimeConfig
 from runtime.interfaces import ServedModel
-from tests.support import tokenizers as tiny
-from tests.support.inference_server import Services, batch, generate, serve_grpc, single
-from tests.support.scripted_engine import ScriptedEngine, served
+from tests.support.inference_server import CONFIG, TEXT, Services, batch, generate, serve_grpc, single
+from tests.support.scripted_engine import ScriptedEngine
 from wire.fmaas import generation_pb2 as pb
-
-TEXT = "The first time I saw the movie, I was a little bit confused 🤖. The dog"
-
-
-CONFIG = RuntimeConfig(max_new_tokens=169)
-
-
-@pytest.fixture(scope="module")
-def model(model_dir: Path) -> ServedModel:
-    return served(model_dir, "m1", max_model_len=200)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    return served(tiny.sentencepiece(tmp_path_factory.mktemp("l")), "llama", max_model_len=200)
-
-
-@pytest.fixture
-async def services(model: ServedModel) -> AsyncIterator[Services]:
-    tokens = model.text.encode(TEXT, add_special_tokens=False)
-    async with serve_grpc(ScriptedEngine(lambda asked: [*tokens, 0]), model, config=CONFIG) as found:
-        yield found
-
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"decoding": pb.DecodingParameters(length_penalty=pb.DecodingParameters.LengthPenalty(decay_factor=0.5))},
@@ -137,8 +110,8 @@ async def test_generate_stream_refuses_a_missing_request(services: Services) -> 
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_find_model_by_header_by_field_and_alone(model: ServedModel, llama: ServedModel) -> None:
-    async with serve_grpc(ScriptedEngine(lambda asked: [5]), model, llama, config=CONFIG) as services:
+async def test_find_model_by_header_by_field_and_alone(short_model: ServedModel, llama: ServedModel) -> None:
+    async with serve_grpc(ScriptedEngine(lambda asked: [5]), short_model, llama, config=CONFIG) as services:
         await services.tgis.Generate(batch("a"), metadata=(("mm-model-id", "llama"),))
         await services.tgis.Generate(
             pb.BatchedGenerationRequest(model_id="m1", requests=[pb.GenerationRequest(text="a")])
